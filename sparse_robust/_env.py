@@ -1,0 +1,16 @@
+"""The environment variables this package reads, all of them, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DATA_VARIABLE = "SPARSE_ROBUST_DATA"
+
+
+def data_root() -> Path:
+    """Return the folder where data sets are looked for and downloaded to when none is given.
+
+    ``SPARSE_ROBUST_DATA`` if it is set, else ``~/.cache/sparse-robust/data``.
+    """
+    return Path(os.environ.get(DATA_VARIABLE) or Path.home() / ".cache" / "sparse-robust" / "data").expanduser()

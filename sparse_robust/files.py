@@ -1,0 +1,156 @@
+"""Files that are either whole or absent, and digests that name their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_robust.errors import FileError
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of ``value``: sorted keys, no spaces. Equal values have equal texts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk and rename it into place.
+
+    A reader sees the old file or the new one, never a part of either.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path}: {error.strerror or error}. The file that was there is unchanged."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileError: if the file is missing or is not JSON; the message names the file and the place.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"{path} does not exist.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileError(
+            f"{path} is not readable JSON ({error}). It was probably edited or damaged: delete it to have it made "
+            f"again."
+        ) from error
+
+
+def commit_folder(temporary: str | Path, path: str | Path) -> None:
+    """Flush every file of ``temporary`` and put it in place of the folder ``path``.
+
+    A crash between the two renames leaves the old folder under its retired name; `recover_folder` settles that.
+    """
+    temporary, path = Path(temporary), Path(path)
+    retired = path.with_name(path.name + ".old")
+    try:
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+        shutil.rmtree(retired, ignore_errors=True)
+        if path.exists():
+            path.rename(retired)
+        temporary.rename(path)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}.") from error
+    _sync_folder(path.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def recover_folder(path: str | Path) -> bool:
+    """Undo a replacement that was cut off by a crash. Returns whether ``path`` exists afterwards."""
+    path = Path(path)
+    retired = path.with_name(path.name + ".old")
+    if not path.exists() and retired.exists():
+        retired.rename(path)
+    shutil.rmtree(path.with_name(path.name + ".new"), ignore_errors=True)
+    return path.exists()
+
+
+def ensure_writable(folder: str | Path, need_bytes: int = 0) -> None:
+    """Check, before any work is done, that ``folder`` takes files and that ``need_bytes`` are free there.
+
+    Raises:
+        FileError: naming the folder and what stands in the way.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise FileError(
+            f"cannot write into {folder}: {error.strerror or error}. Choose another folder with --out, or make "
+            f"room in this one."
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise FileError(
+            f"{folder} has {free / 1e6:.0f} MB free and this run needs about {need_bytes / 1e6:.0f} MB. Make "
+            f"room, or choose another folder with --out."
+        )
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_state(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of a state dict: names, dtypes, shapes and bytes, in name order.
+
+    It does not depend on the device, the memory format or the order of the entries.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
