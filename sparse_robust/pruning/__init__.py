@@ -1,0 +1,21 @@
+"""Finding masks and holding them: scores, one-shot pruning, iterative pruning with rewinding, enforcement."""
+
+from sparse_robust.pruning.enforce import Enforcement, MaskViolation, enforce
+from sparse_robust.pruning.imp import imp, rewind_
+from sparse_robust.pruning.prune import SCOPES, prune, random_like, survivors
+from sparse_robust.pruning.scores import SCORES, Score, register_score
+
+__all__ = [
+    "SCOPES",
+    "SCORES",
+    "Enforcement",
+    "MaskViolation",
+    "Score",
+    "enforce",
+    "imp",
+    "prune",
+    "random_like",
+    "register_score",
+    "rewind_",
+    "survivors",
+]

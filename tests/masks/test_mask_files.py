@@ -1,0 +1,140 @@
+"""The file of a mask set: it comes back as it was, is as small as it should be, and is verified to the last bit."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparse_robust.errors import FileError
+from sparse_robust.masks import Masks, prunable_weights
+from sparse_robust.masks.storage import read
+
+
+@given(st.lists(st.lists(st.integers(0, 6), max_size=4), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_a_file_comes_back_bit_for_bit_in_order(shapes: list[list[int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keep = {f"z{9 - i}.weight": torch.rand(shape, generator=generator) < 0.5 for i, shape in enumerate(shapes)}
+    masks = Masks.from_bools(keep)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "new", "masks.safetensors")
+        masks.save(path)
+        again = Masks.load(path)
+        assert [p.name for p in path.parent.iterdir()] == ["masks.safetensors"], "no temporary file is left"
+    assert again == masks and again.names() == masks.names() and again.shapes() == masks.shapes()
+    assert again.layers() == masks.layers() and again.digest() == masks.digest()
+
+
+@pytest.mark.acceptance("double-win", "A-40")
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_file_takes_one_bit_a_weight(name: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        weights = prunable_weights(timm.create_model(name))
+    masks = Masks.from_bools({name: torch.rand(weight.shape) < 0.1 for name, weight in weights.items()})
+    masks.save(tmp_path / "masks.safetensors")
+    assert (tmp_path / "masks.safetensors").stat().st_size <= masks.numel() / 8 + 64 * 1024
+    assert Masks.load(tmp_path / "masks.safetensors") == masks
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    masks = Masks.from_bools({"stem.weight": torch.rand(3, 7) < 0.5, "block.weight": torch.rand(5, 3, 3) < 0.5})
+    masks.save(tmp_path / "masks.safetensors")
+    return tmp_path / "masks.safetensors"
+
+
+Change = Callable[[dict[str, Tensor], dict[str, str]], None]
+
+
+def flip(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Move one kept weight, so that the counts still agree."""
+    bits = tensors["block.weight"]
+    flags = torch.tensor([(int(byte) >> i) & 1 for byte in bits[:5] for i in range(8)])
+    for index in (int(flags.argmax()), int(flags.argmin())):
+        bits[index // 8] ^= 1 << (index % 8)
+
+
+def edit_layers(edit: Callable[[list[list[object]]], None]) -> Change:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        layers = json.loads(metadata["layers"])
+        edit(layers)
+        metadata["layers"] = json.dumps(layers)
+
+    return change
+
+
+DAMAGE: dict[str, tuple[Change, str]] = {
+    "other format": (lambda t, m: m.update(format="onnx"), "holds no masks: expected the format 'sparse_robust.masks'"),
+    "no metadata": (lambda t, m: m.clear(), "holds no masks.*got None"),
+    "newer version": (lambda t, m: m.update(version="2"), "version '2' of the mask format, and this package reads '1'"),
+    "no layers": (lambda t, m: m.__delitem__("layers"), "list of layers cannot be read"),
+    "layers not JSON": (lambda t, m: m.update(layers="[[1,"), "list of layers cannot be read"),
+    "layers of another kind": (lambda t, m: m.update(layers='{"a": 1}'), "list of layers cannot be read"),
+    "a name twice": (edit_layers(lambda rows: rows.append(rows[0])), "a name twice"),
+    "a negative size": (edit_layers(lambda rows: rows[0].__setitem__(1, [-3, -7])), "negative size"),
+    "no digest": (lambda t, m: m.__delitem__("digest"), "digest"),
+    "missing tensor": (lambda t, m: t.__delitem__("stem.weight"), r"missing \['stem.weight'\]"),
+    "extra tensor": (lambda t, m: t.update(extra=torch.zeros(1, dtype=torch.uint8)), r"unexpected \['extra'\]"),
+    "wrong length": (lambda t, m: t.update({"stem.weight": t["stem.weight"][:2].clone()}), r"takes uint8 \(3,\)"),
+    "wrong type": (lambda t, m: t.update({"stem.weight": t["stem.weight"].int()}), "torch.int32"),
+    "spare bits": (lambda t, m: t["stem.weight"].__setitem__(2, 255), "beyond its 21 weights"),
+    "wrong count": (
+        lambda t, m: t["stem.weight"].__setitem__(0, int(t["stem.weight"][0]) ^ 1),
+        "should keep .* keep",
+    ),
+    "moved bit": (flip, "its digest should be"),
+    "other digest": (lambda t, m: m.update(digest="0" * 64), "its digest should be 0000"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_with_the_file(damage: str, path: Path) -> None:
+    change, message = DAMAGE[damage]
+    tensors, metadata = read(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata or None)
+    with pytest.raises(FileError, match=message) as caught:
+        Masks.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 4, 20, -1])
+def test_a_cut_off_file_is_refused(size: int, path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(FileError, match="not a whole safetensors file"):
+        Masks.load(path)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    for missing in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(FileError, match="does not exist or is not a file"):
+            Masks.load(missing)
+
+
+def test_the_order_of_layers_is_part_of_the_file(path: Path) -> None:
+    masks = Masks.load(path)
+    assert masks.names() == ("stem.weight", "block.weight")
+    assert json.loads(masks.metadata()["layers"])[0][:2] == ["stem.weight", [3, 7]]
+    assert sorted(load_file(path)) == ["block.weight", "stem.weight"]
+
+
+def test_a_failed_save_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+
+    def full_disk(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(FileError, match="No space left on device"):
+        Masks.full({"w": torch.zeros(9)}).save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
