@@ -1,0 +1,136 @@
+"""How a phase is trained: one frozen value with every number that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sparse_robust.attacks import Budget, parse_eps
+from sparse_robust.errors import UsageError, unknown
+from sparse_robust.objectives import REGIMES, Objective, build_objective
+
+ATTACK_MODES = ("eval", "train", "train_frozen")
+SCHEDULES = ("constant", "multistep", "cosine", "one_cycle", "piecewise_linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A training recipe. Radii and step sizes are in pixel units of the [0, 1] range and may be text such as
+    ``8/255``."""
+
+    regime: str = "standard"
+    """How it trains: standard, fast, adversarial."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per optimizer step over all devices together, before accumulation."""
+    accumulate: int = 1
+    """Batches whose gradients are added up before a step."""
+
+    optimizer: str = "momentum"
+    """Any optimizer of timm by its name there: momentum is SGD as the papers use it, sgd its Nesterov form, adamw,
+    ..."""
+    lr: float = 0.1
+    """Peak learning rate. Unused by piecewise_linear, whose points are absolute."""
+    momentum: float = 0.9
+    """Momentum of the SGD family; other optimizers keep their own defaults."""
+    weight_decay: float = 5e-4
+    """Weight decay, on every parameter unless decay_norms is false."""
+    decay_norms: bool = True
+    """Whether biases and normalisation parameters decay as well."""
+    clip_grad: float | None = None
+    """Largest global gradient norm (survivors only, when there is a mask); None leaves gradients alone."""
+
+    schedule: str = "one_cycle"
+    """constant, multistep, cosine, one_cycle or piecewise_linear; evaluated at every update."""
+    milestones: tuple[float, ...] = ()
+    """Epochs at which multistep multiplies the rate by gamma."""
+    gamma: float = 0.1
+    """Factor of multistep."""
+    points: tuple[tuple[float, float], ...] = ()
+    """(epoch, learning rate) pairs of piecewise_linear."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from zero, for constant, multistep and cosine."""
+
+    eps: str | float = "8/255"
+    """Radius of the training and validation attacks."""
+    norm: str = "Linf"
+    """Norm of the attacks."""
+    steps: int = 10
+    """Steps of the training attack (adversarial)."""
+    step_size: str | float | None = None
+    """Step of the training attack; None means 2.5 eps / steps (adversarial) or 1.25 eps (fast)."""
+    attack_mode: str = "train_frozen"
+    """Batch normalisation while crafting training examples: eval, train (running statistics move too) or
+    train_frozen."""
+
+    label_smoothing: float = 0.0
+    """Mass spread over the other classes, in [0, 1)."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights; when set, the average is validated and kept."""
+
+    validate_every: int = 1
+    """Epochs between validations; the last epoch is always validated. 0: no validation, the last state is kept."""
+    validate_from: int = 0
+    """First epoch (counted from 0) that is validated."""
+    validation_steps: int = 20
+    """PGD steps of the robust validation; 0 validates on clean images only."""
+    validation_step_size: str | float | None = None
+    """Step of the validation attack; None means 2.5 eps / steps."""
+    guard: bool = True
+    """For regime fast: stop at catastrophic overfitting and go back to the epoch before it."""
+    guard_drop: float = 0.20
+    """Fall of the PGD-5 accuracy on a fixed training batch, from one epoch to the next, that trips the guard."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the timm optimizer."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("regime", REGIMES), ("schedule", SCHEDULES), ("attack_mode", ATTACK_MODES)):
+            if getattr(self, name) not in values:
+                raise unknown(name, str(getattr(self, name)), values)
+        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("steps", 1), ("validate_every", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"recipe.{name} must be at least {least}, got {getattr(self, name)}.")
+        for name, limit in (("lr", float("inf")), ("weight_decay", float("inf")), ("label_smoothing", 1.0)):
+            if not 0 <= getattr(self, name) < limit:
+                raise UsageError(f"recipe.{name} must be in [0, {limit}), got {getattr(self, name)}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UsageError(f"recipe.ema_decay must lie between 0 and 1, got {self.ema_decay}.")
+        if self.schedule == "piecewise_linear" and len(self.points) < 2:
+            raise UsageError(
+                "schedule piecewise_linear needs recipe.points: at least two (epoch, learning rate) pairs."
+            )
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        object.__setattr__(self, "points", _sorted_points(self.points))
+        Budget(self.norm, self.radius)
+        self.objective()
+
+    @property
+    def radius(self) -> float:
+        """The attack radius as a number."""
+        return parse_eps(self.eps)
+
+    def objective(self) -> Objective:
+        """Build the objective of this recipe's regime."""
+        return build_objective(
+            self.regime,
+            eps=self.radius,
+            norm=self.norm,
+            steps=self.steps,
+            step_size=self.step_size,
+            mode=self.attack_mode,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def with_(self, **changes: Any) -> Recipe:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _sorted_points(points: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    pairs = tuple((float(epoch), float(lr)) for epoch, lr in points)
+    if list(pairs) != sorted(pairs):
+        raise UsageError(f"recipe.points must be in the order of their epochs, got {pairs}.")
+    return pairs
