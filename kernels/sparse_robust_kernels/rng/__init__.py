@@ -1,0 +1,37 @@
+"""Counted randomness: numbers that are a function of (key, stream, sample id, element) and of nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_robust_kernels._dispatch import resolve
+from sparse_robust_kernels.rng import reference as _reference  # noqa: F401  (registers itself)
+
+__all__ = ["philox_uniform"]
+
+
+def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int, backend: str = "auto") -> Tensor:
+    """Return uniform numbers in [0, 1) for each sample: float32 ``[n, numel]``, multiples of 2**-24.
+
+    Philox4x32-10 with counter words (element // 4, stream, low and high half of the id) and the two halves of the key;
+    element e takes output word e % 4. The same bits come on every device, in every batch and order, and the numbers of
+    a sample do not depend on ``numel``: a longer row continues a shorter one.
+
+    Args:
+        ids: int64 ``[n]``, sample ids.
+        numel: numbers a sample, 0 or more.
+        key: 64 bits; usually derived from a seed and a purpose.
+        stream: 32 bits; tells the draws for one purpose apart (restart, step).
+
+    Raises:
+        ValueError: if an argument is not of that kind.
+    """
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(f"ids must be int64 [n], got {ids.dtype} {tuple(ids.shape)}")
+    if not 0 <= numel <= 2**34:
+        raise ValueError(f"numel must be in 0..2**34, got {numel}")
+    if not 0 <= key < 2**64 or not 0 <= stream < 2**32:
+        raise ValueError(f"key takes 64 and stream 32 bits, got {key} and {stream}")
+    generated: Tensor = resolve("rng.philox_uniform", backend, ids.device)(ids, numel, key=key, stream=stream)
+    return generated
