@@ -1,0 +1,1 @@
+"""Studies: a grid of cells, its results, its verdict and its report."""

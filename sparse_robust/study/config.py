@@ -1,0 +1,185 @@
+"""What a study is: typed values that a YAML file fills."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sparse_robust.attacks import PGD, Budget, parse_eps
+from sparse_robust.data import DataSpec
+from sparse_robust.errors import UsageError, unknown
+from sparse_robust.models import ModelSpec
+from sparse_robust.training import Recipe
+
+FINDERS = ("imp", "oneshot", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How robust accuracy is measured: PGD in eval mode and fp32, every test image once."""
+
+    eps: str | float = "8/255"
+    """Radius, in pixel units of the [0, 1] range."""
+    norm: str = "Linf"
+    """Norm of the attack."""
+    steps: int = 20
+    """PGD steps."""
+    step_size: str | float | None = None
+    """Size of a step; None means 2.5 eps / steps."""
+    n_restarts: int = 1
+    """Random restarts; an image counts as robust if none succeeds."""
+    seed: int = 0
+    """Seed of the attack's noise: the same for every model that is compared."""
+    images: int | None = None
+    """Only the first so many test images; None for all."""
+    batch_size: int = 500
+    """Images per evaluation batch; it does not change the verdicts."""
+
+    def __post_init__(self) -> None:
+        Budget(self.norm, self.radius)
+        self.attack()
+
+    def attack(self) -> PGD:
+        """Build the attack."""
+        return PGD(
+            norm=self.norm, steps=self.steps, step_size=self.step_size, n_restarts=self.n_restarts, seed=self.seed
+        )
+
+    @property
+    def radius(self) -> float:
+        """The radius as a number."""
+        return parse_eps(self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One set of pre-trained weights: trained by a recipe, or read from a checkpoint."""
+
+    recipe: Recipe | None = None
+    """Training recipe on the source task; None takes the weights as they come."""
+    checkpoint: str | None = None
+    """A weights file to start from."""
+    pretrained: bool = False
+    """Start from timm's published weights of the model."""
+
+    def __post_init__(self) -> None:
+        if self.recipe is None and self.checkpoint is None and not self.pretrained:
+            raise UsageError("a pretrain entry needs a recipe, a checkpoint, or pretrained: true.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinderConfig:
+    """One way to find tickets."""
+
+    method: str = "imp"
+    """imp (iterative magnitude pruning with rewinding to the pre-trained weights), oneshot, or random."""
+    rounds: int = 15
+    """Number of tickets; round k has pruned k times."""
+    rate: float = 0.2
+    """Share of the remaining weights that each round removes."""
+    scope: str = "global"
+    """global: one ranking over all layers (IMP and oneshot); layerwise: the same share in each (oneshot)."""
+    recipe: Recipe | None = None
+    """IMP: training on the source task between two cuts."""
+    like: str | None = None
+    """random: the finder whose per-layer counts are copied; None draws from all layers together."""
+    stem: bool = True
+    """Whether the first convolution is pruned."""
+    head: bool = False
+    """Whether the classifier is pruned."""
+    exclude: tuple[str, ...] = ()
+    """Weights that are never pruned: names or patterns."""
+
+    def __post_init__(self) -> None:
+        if self.method not in FINDERS:
+            raise unknown("find method", self.method, FINDERS)
+        if self.rounds < 1:
+            raise UsageError(f"find.rounds must be at least 1, got {self.rounds}.")
+        if not 0 < self.rate < 1:
+            raise UsageError(f"find.rate must lie between 0 and 1, got {self.rate}.")
+        if self.method == "imp" and self.rounds > 1 and self.recipe is None:
+            raise UsageError("find method imp needs a recipe: how the source task is trained between two cuts.")
+        if self.scope != "global" and self.method != "oneshot":
+            raise UsageError(
+                f"find.scope {self.scope!r} is for method oneshot; {self.method} ranks all layers together."
+            )
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """A downstream task and how tickets are transferred to it."""
+
+    data: DataSpec
+    """The data set."""
+    recipes: dict[str, Recipe]
+    """One recipe a transfer regime; ST and AT are what the verdict compares."""
+    fractions: tuple[float, ...] = (1.0,)
+    """Shares of the training images that are used."""
+    rounds: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By finder, the rounds whose tickets are transferred, where that differs from the study's."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fractions", tuple(self.fractions))
+        object.__setattr__(self, "rounds", {name: tuple(rounds) for name, rounds in self.rounds.items()})
+        if not self.recipes:
+            raise UsageError("a target needs at least one transfer recipe, for example recipes: {ST: ..., AT: ...}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A whole study: the grid is pretrain x (dense + find x rounds) x targets x fractions x recipes x seeds."""
+
+    name: str
+    """Short name; results go to runs/NAME unless --out says otherwise."""
+    description: str = ""
+    """What the study is for, in a sentence; the report prints it."""
+    model: ModelSpec
+    """The network."""
+    source: DataSpec
+    """The task of the pre-training."""
+    pretrain: dict[str, PretrainConfig]
+    """Pre-trainings by label, such as STD, FAT, AT."""
+    find: dict[str, FinderConfig]
+    """Finders by label."""
+    targets: dict[str, TargetConfig]
+    """Downstream tasks by label."""
+    rounds: tuple[int, ...]
+    """Rounds whose tickets are transferred."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How robust accuracy is measured."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the transfers. Pre-training and tickets are made once, with seed 0: the spread is that of the
+    transfer."""
+    checkpoint_seconds: float = 60.0
+    """Wall time between checkpoints inside a run."""
+    workers: int = 0
+    """Loader processes of large data sets."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", tuple(self.rounds))
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if not (self.pretrain and self.find and self.targets and self.seeds):
+            raise UsageError("a study needs at least one entry each of pretrain, find, targets and seeds.")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise UsageError(f"study.seeds holds a seed twice: {self.seeds}.")
+        for label, finder in self.find.items():
+            if finder.like is not None and finder.like not in self.find:
+                raise unknown(f"finder in find.{label}.like", finder.like, self.find)
+        for label, target in self.targets.items():
+            for finder_label in target.rounds:
+                if finder_label not in self.find:
+                    raise unknown(f"finder in targets.{label}.rounds", finder_label, self.find)
+            for finder_label, finder in self.find.items():
+                beyond = [k for k in self.rounds_of(label, finder_label) if not 1 <= k <= finder.rounds]
+                if beyond:
+                    raise UsageError(
+                        f"targets.{label} transfers round {beyond[0]} of {finder_label}, which has rounds "
+                        f"1..{finder.rounds}. "
+                        f"Raise find.{finder_label}.rounds or leave that round out."
+                    )
+
+    def rounds_of(self, target: str, finder: str) -> tuple[int, ...]:
+        """Return the rounds of ``finder`` that are transferred to ``target``."""
+        overrides: Mapping[str, tuple[int, ...]] = self.targets[target].rounds
+        return overrides.get(finder, self.rounds)

@@ -1,0 +1,149 @@
+"""What the command line shows of configurations, studies and tickets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from sparse_robust.data import DataSpec, load_data
+from sparse_robust.errors import SparseRobustError
+from sparse_robust.study.cells import Cell, FindCell, cell_name
+from sparse_robust.study.estimate import Cost, cell_cost
+from sparse_robust.study.load import to_plain
+from sparse_robust.study.results import load_results
+from sparse_robust.study.runner import Study
+from sparse_robust.tickets import Ticket
+
+ASSUMED_RATE = 2500
+"""Images a second. Planning figure for ResNet-50 at 224 x 224 on one H100-class GPU in mixed precision: an
+assumption, not a
+measurement."""
+
+LISTED = 400
+
+
+def show_configuration(value: Any, console: Console | None = None) -> None:
+    """Print a configuration, complete with its defaults, as YAML."""
+    (console or Console()).print(
+        yaml.safe_dump(to_plain(value), sort_keys=False), markup=False, highlight=False, end=""
+    )
+
+
+def dry_run(study: Study, console: Console | None = None) -> None:
+    """Print the configuration, the cells with their state, and an estimate of the work."""
+    console = console or Console()
+    show_configuration(study.config, console)
+    pending = set(map(cell_name, study.pending()))
+    for cell in study.cells[:LISTED]:
+        console.print(
+            f"{'to do' if cell_name(cell) in pending else 'done':<6} {cell_name(cell)}", markup=False, highlight=False
+        )
+    if len(study.cells) > LISTED:
+        console.print(f"... and {len(study.cells) - LISTED} more")
+    table = Table(
+        "cells",
+        "number",
+        "to do",
+        "training passes",
+        "evaluation passes",
+        title="work, in forward+backward passes of an image",
+    )
+    sizes: dict[DataSpec, tuple[int, int, int] | None] = {}
+    total, unknown = Cost(0, 0), set[str]()
+    for kind in ("pretrain", "find", "transfer"):
+        cells = [cell for cell in study.cells if cell.kind == kind]
+        train = evaluation = 0
+        for cell in cells:
+            split = _split_sizes(_data_of(cell), sizes)
+            if split is None:
+                unknown.add(_data_of(cell).name)
+            else:
+                cost = cell_cost(cell, *split)
+                train, evaluation = train + cost.train, evaluation + cost.evaluation
+        total = Cost(total.train + train, total.evaluation + evaluation)
+        todo = sum(cell_name(cell) in pending for cell in cells)
+        table.add_row(kind, str(len(cells)), str(todo), f"{train / 1e6:,.2f} M", f"{evaluation / 1e6:,.2f} M")
+    console.print(table)
+    if unknown:
+        console.print(f"not counted, because the data is not here: {', '.join(sorted(unknown))}", highlight=False)
+    hours = total.passes / ASSUMED_RATE / 3600
+    console.print(
+        f"{total.passes / 1e6:,.1f} M passes at the most (attacks spare images that are fooled already): "
+        f"{hours:,.1f} hours "
+        f"at {ASSUMED_RATE} images/s, which is what one might plan with for a ResNet-50 at 224 x 224 on one GPU.",
+        highlight=False,
+    )
+
+
+def status(folder: Path, console: Console | None = None) -> None:
+    """Print what of a study is done."""
+    console = console or Console()
+    results = load_results(folder)
+    done = {"pretrain": len(results.pretrain), "find": len(results.find), "transfer": len(results.transfer)}
+    waiting = Counter(name.partition("-")[0] for name in results.pending)
+    table = Table(
+        "cells",
+        "done",
+        "to do",
+        title=f"{results.name}: {sum(done.values())} of {sum(done.values()) + len(results.pending)} cells",
+    )
+    for kind, count in done.items():
+        table.add_row(kind, str(count), str(waiting[kind]))
+    console.print(table)
+    for name, problem in results.problems.items():
+        console.print(f"{name}: {problem}", markup=False, highlight=False)
+    if results.pending:
+        console.print(f"next: {results.pending[0]}\ngo on with the command that started it.", highlight=False)
+
+
+def show_ticket(path: Path, console: Console | None = None) -> None:
+    """Print a ticket's identity, provenance and per-layer densities."""
+    console = console or Console()
+    ticket = Ticket.load(path)
+    masks = ticket.masks
+    console.print(
+        f"[b]{path.name}[/b]  {masks.count():,} of {masks.numel():,} weights kept, sparsity "
+        f"{100 * masks.sparsity:.2f} %",
+        highlight=False,
+    )
+    facts = {
+        "architecture": ticket.architecture.get("name", "unknown"),
+        "drawn from weights": ticket.base_sha256,
+        "mask digest": masks.digest(),
+        "made by": f"sparse-robust {ticket.version}",
+        **{str(key): value for key, value in ticket.provenance.items() if not isinstance(value, dict)},
+    }
+    for name, value in facts.items():
+        console.print(f"  {name:<20} {value}", highlight=False, markup=False)
+    table = Table("weight", "shape", "kept", "of", "density")
+    for name, shape, kept, numel in masks.layers():
+        density = kept / max(numel, 1)
+        table.add_row(
+            name,
+            "x".join(map(str, shape)),
+            f"{kept:,}",
+            f"{numel:,}",
+            f"{100 * density:5.1f} % {'█' * round(20 * density)}",
+        )
+    console.print(table)
+
+
+def _data_of(cell: Cell) -> DataSpec:
+    if isinstance(cell, FindCell):
+        return cell.pretrain.data
+    return cell.data
+
+
+def _split_sizes(spec: DataSpec, known: dict[DataSpec, tuple[int, int, int] | None]) -> tuple[int, int, int] | None:
+    if spec not in known:
+        try:
+            data = load_data(spec)
+            known[spec] = (len(data.train), len(data.validation), len(data.test))
+        except (SparseRobustError, OSError, ImportError):
+            known[spec] = None
+    return known[spec]

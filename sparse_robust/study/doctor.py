@@ -1,0 +1,104 @@
+"""What is installed, what works on this machine, and what to do about what does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+REQUIRED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "safetensors",
+    "datasets",
+    "huggingface_hub",
+    "jsonargparse",
+    "rich",
+    "matplotlib",
+)
+OPTIONAL = {
+    "triton": "kernels on a GPU; comes with torch on Linux",
+    "tensorboard": "--tracker tensorboard: pip install 'sparse-robust[track]'",
+    "trackio": "--tracker trackio: pip install 'sparse-robust[track]'",
+    "wandb": "--tracker wandb: pip install 'sparse-robust[track]'",
+    "deepspeed": "ZeRO: pip install 'sparse-robust[deepspeed]'",
+}
+GOOD, MISSING, BAD = "[green]ok[/green]", "[yellow]absent[/yellow]", "[red]fails[/red]"
+
+
+def examine(console: Console | None = None) -> int:
+    """Print a table of checks; return 1 if something that is needed fails, else 0."""
+    console = console or Console()
+    table = Table("what", "state", "detail", title="sparse-robust doctor")
+    failures = 0
+    for name, state, detail in _checks():
+        table.add_row(name, state, detail)
+        failures += state == BAD
+    console.print(table)
+    return 1 if failures else 0
+
+
+def _checks() -> Iterator[tuple[str, str, str]]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield "python", GOOD if sys.version_info >= (3, 11) else BAD, f"{python} (needs 3.11 or later)"
+    for name in REQUIRED:
+        version = _version(name)
+        yield name, GOOD if version else BAD, version or f"needed: pip install {name.replace('_', '-')}"
+    for name, use in OPTIONAL.items():
+        version = _version(name)
+        yield name, GOOD if version else MISSING, version or use
+    yield _device()
+    yield "kernels", *_kernels()
+    yield "cores", GOOD, f"{os.cpu_count()} ({torch.get_num_threads()} threads used by torch)"
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    yield (
+        "disk",
+        GOOD if free > 1 else BAD,
+        f"{free:.1f} GB free here" + ("" if free > 1 else ": make room before a study"),
+    )
+    yield "embedded data", *_embedded()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> tuple[str, str, str]:
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        return "GPU", GOOD, f"{names}; bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
+    return "GPU", MISSING, "none: everything runs on the CPU, larger studies want one"
+
+
+def _kernels() -> tuple[str, str]:
+    from sparse_robust_kernels import backends, operations
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return GOOD, "; ".join(f"{op}: {', '.join(backends(op, device))}" for op in operations())
+
+
+def _embedded() -> tuple[str, str]:
+    from sparse_robust.data import DataSpec, load_data
+    from sparse_robust.errors import SparseRobustError
+
+    try:
+        sizes = {
+            name: len(load_data(DataSpec(name=name)).train)
+            for name in ("fashion-mnist-source", "fashion-mnist-target", "digits")
+        }
+    except SparseRobustError as error:
+        return BAD, str(error)
+    return GOOD, ", ".join(f"{name} {size}" for name, size in sizes.items())

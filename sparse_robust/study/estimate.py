@@ -1,0 +1,77 @@
+"""What a study will cost, from arithmetic alone: image passes, and hours at a given throughput."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from sparse_robust.models import ModelSpec, build_model
+from sparse_robust.study.cells import Cell, FindCell, TransferCell
+from sparse_robust.study.config import StudyConfig
+from sparse_robust.training import Recipe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward+backward passes of single images; a robust training step of k attack steps costs k + 1."""
+
+    train: int
+    evaluation: int
+
+    @property
+    def passes(self) -> int:
+        """All of them."""
+        return self.train + self.evaluation
+
+
+def passes_per_image(recipe: Recipe) -> int:
+    """Return the forward+backward passes that one training image costs in one epoch."""
+    return {"standard": 1, "fast": 2}.get(recipe.regime, recipe.steps + 1)
+
+
+def training_cost(recipe: Recipe, images: int, validation: int) -> Cost:
+    """Return the cost of a run on ``images`` training and ``validation`` validation images."""
+    checks = 0
+    if recipe.validate_every:
+        span = max(recipe.epochs - recipe.validate_from, 1)
+        checks = max(span // recipe.validate_every, 1)
+    robust = recipe.validation_steps if recipe.regime != "standard" else 0
+    return Cost(recipe.epochs * images * passes_per_image(recipe), checks * validation * (robust + 1))
+
+
+def cell_cost(cell: Cell, train: int, validation: int, test: int) -> Cost:
+    """Return the cost of a cell, given the sizes of its data set's splits."""
+    evaluation = (cell_evaluation(cell) + 1) * test
+    if isinstance(cell, FindCell):
+        if cell.config.method != "imp" or cell.config.recipe is None:
+            return Cost(0, 0)
+        one = training_cost(cell.config.recipe, train, validation)
+        rounds = cell.config.rounds - 1  # ticket 1 needs no training
+        return Cost(one.train * rounds, one.evaluation * rounds)
+    recipe = cell.recipe if isinstance(cell, TransferCell) else cell.config.recipe
+    if recipe is None:
+        return Cost(0, evaluation)
+    one = training_cost(recipe, train, validation)
+    reported = 2 if isinstance(cell, TransferCell) else 1
+    return Cost(one.train, one.evaluation + reported * evaluation)
+
+
+def cell_evaluation(cell: Cell) -> int:
+    """Return the attack steps of a cell's final evaluation."""
+    if isinstance(cell, FindCell):
+        return 0
+    return cell.evaluation.steps * cell.evaluation.n_restarts
+
+
+def parameter_count(config: StudyConfig) -> int:
+    """Return the number of parameters of the study's network, without allocating them."""
+    return _parameters(config.model)
+
+
+@lru_cache(maxsize=8)
+def _parameters(spec: ModelSpec) -> int:
+    with torch.device("meta"):
+        model = build_model(spec)
+    return sum(parameter.numel() for parameter in model.parameters())

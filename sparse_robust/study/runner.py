@@ -1,0 +1,161 @@
+"""Runs a study: every cell that has no result yet, in order; what is done stays done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sparse_robust.files import ensure_writable, read_json, write_json, write_text
+from sparse_robust.study import stages
+from sparse_robust.study.cells import Cell, FindCell, PretrainCell, cell_name, describe, study_cells
+from sparse_robust.study.config import StudyConfig
+from sparse_robust.study.estimate import parameter_count
+from sparse_robust.study.load import to_plain
+from sparse_robust.study.stages import Context
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sparse_robust.training.progress import ProgressReporter
+
+RESULT = "result.json"
+STUDY = "study.json"
+
+
+class Study:
+    """A study and its folder: ``study.yaml``, ``study.json``, ``cells/<name>/{spec.yaml,result.json,log.jsonl}``,
+    ``report/``."""
+
+    def __init__(self, config: StudyConfig, folder: str | Path) -> None:
+        self.config, self.folder = config, Path(folder)
+        self.cells = study_cells(config)
+
+    def cell_folder(self, cell: Cell) -> Path:
+        """Return the folder that is a cell's state."""
+        return self.folder / "cells" / cell_name(cell)
+
+    def result_file(self, cell: Cell) -> Path:
+        """Return where a cell's result stands once it is done."""
+        return self.cell_folder(cell) / RESULT
+
+    def pending(self) -> list[Cell]:
+        """Return the cells that are still to be run."""
+        return [cell for cell in self.cells if not self.result_file(cell).exists()]
+
+    def prepare(self, machine: dict[str, Any]) -> None:
+        """Check the folder and write down what the study is.
+
+        Raises:
+            FileError: if the folder cannot be written or too little space is left.
+        """
+        ensure_writable(self.folder, need_bytes=self._disk_bytes())
+        plain = to_plain(self.config)
+        write_text(self.folder / "study.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        names = [cell_name(cell) for cell in self.cells]
+        write_json(
+            self.folder / STUDY,
+            {"name": self.config.name, "config": plain, "machine": machine, "cells": names, "notes": []},
+        )
+
+    def run(
+        self,
+        accelerator: Accelerator,
+        progress: ProgressReporter,
+        *,
+        machine: dict[str, Any],
+        after_cell: Callable[[Cell], None] | None = None,
+    ) -> None:
+        """Run what is not done yet. Kill it at any moment and call it again: it goes on from there."""
+        if accelerator.is_main_process:
+            self.prepare(machine)
+        accelerator.wait_for_everyone()
+        context = Context(
+            accelerator=accelerator, progress=progress, workers=self.config.workers,
+            checkpoint_seconds=self.config.checkpoint_seconds, project=self.config.name,
+        )  # fmt: skip
+        task = progress.task(self.config.name, len(self.cells))
+        pending = self.pending()
+        task.advance(len(self.cells) - len(pending))
+        if len(pending) < len(self.cells):
+            progress.say(
+                f"{len(self.cells) - len(pending)} of {len(self.cells)} cells are done already; going on with the rest."
+            )
+        for cell in pending:
+            result = self.run_cell(cell, context)
+            context.on_main(partial(self._finish, cell, result))
+            progress.say(summary(result))
+            task.advance()
+            if after_cell is not None:
+                after_cell(cell)
+        task.close()
+
+    def run_cell(self, cell: Cell, context: Context) -> dict[str, Any]:
+        """Run one cell, whose predecessors are done, and return its result row."""
+        folder = self.cell_folder(cell)
+        context.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+        shared: dict[str, Any] = {"seed": cell.seed, "folder": folder, "context": context}
+        labels: dict[str, Any]
+        if isinstance(cell, PretrainCell):
+            labels = {"theta": cell.theta}
+            row = stages.pretrain(cell.model, cell.data, cell.config, cell.evaluation, label=cell.theta, **shared)
+        elif isinstance(cell, FindCell):
+            labels = {"theta": cell.pretrain.theta, "finder": cell.finder}
+            like = self.cell_folder(cell.like) if cell.like is not None else None
+            row = stages.find(
+                self._weights(cell.pretrain), cell.pretrain.data, cell.config, like=like,
+                label=f"{cell.pretrain.theta} {cell.finder}", **shared,
+            )  # fmt: skip
+            for ticket in row["tickets"]:
+                ticket["file"] = str((folder / ticket["file"]).relative_to(self.folder))
+        else:
+            labels = {
+                "theta": cell.pretrain.theta, "finder": cell.finder, "k": cell.k, "target": cell.target,
+                "fraction": cell.data.fraction, "regime": cell.regime,
+            }  # fmt: skip
+            ticket = stages.ticket_file(self.cell_folder(cell.find), cell.k) if cell.find is not None else None
+            row = stages.transfer(
+                self._weights(cell.pretrain), ticket, cell.data, cell.recipe, cell.evaluation,
+                label=cell.slug.replace("-", " "), **shared,
+            )  # fmt: skip
+        return {"kind": cell.kind, **labels, **row}
+
+    def _weights(self, cell: PretrainCell) -> Path:
+        return self.cell_folder(cell) / stages.WEIGHTS
+
+    def _finish(self, cell: Cell, result: dict[str, Any]) -> None:
+        folder = self.result_file(cell).parent
+        write_text(folder / "spec.yaml", yaml.safe_dump({"kind": cell.kind, **describe(cell)}, sort_keys=False))
+        write_json(folder / RESULT, {"cell": cell_name(cell), **result})
+        stages.remove_checkpoints(folder)
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return the results of the cells that are done."""
+        return [read_json(self.result_file(cell)) for cell in self.cells if self.result_file(cell).exists()]
+
+    def _disk_bytes(self) -> int:
+        weights = 4 * parameter_count(self.config)
+        return weights * (len(self.config.pretrain) + 8) + 60_000 * len(self.cells)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return one line on a result, for the progress display."""
+    if result["kind"] == "find":
+        tickets = result["tickets"]
+        return (
+            f"found   {result['theta']:<4} {result['finder']:<10} {len(tickets)} tickets, "
+            f"up to {tickets[-1]['sparsity']:.2f} % sparse  ({result['seconds']:.0f} s)"
+        )
+    if result["kind"] == "pretrain":
+        return (
+            f"trained {result['theta']:<4} SA {result['sa']:5.1f}  RA {result['ra']:5.1f}  ({result['seconds']:.0f} s)"
+        )
+    ticket = "dense" if result["k"] == 0 else f"{result['finder']} k={result['k']}"
+    where = f"{result['target']}" + ("" if result["fraction"] == 1 else f" {100 * result['fraction']:g} %")
+    return (
+        f"moved   {result['theta']:<4} {ticket:<14} -> {where} by {result['regime']}, seed {result['seed']}: "
+        f"SA {result['sa']:5.1f}  RA {result['ra']:5.1f}  ({result['seconds']:.0f} s)"
+    )

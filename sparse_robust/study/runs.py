@@ -1,0 +1,172 @@
+"""Single runs of the command line: one stage in one folder, described by a typed configuration."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparse_robust.data import DataSpec
+from sparse_robust.errors import UsageError
+from sparse_robust.files import canonical_json, ensure_writable, read_json, write_json, write_text
+from sparse_robust.models import ModelSpec, check_input_size, load_model, spec_of
+from sparse_robust.study import stages
+from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
+from sparse_robust.study.load import to_plain
+from sparse_robust.study.stages import Context
+from sparse_robust.training import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRun:
+    """``sparse-robust pretrain``: train a network from scratch, from timm's weights or from a checkpoint."""
+
+    model: ModelSpec
+    data: DataSpec
+    recipe: Recipe | None = None
+    checkpoint: str | None = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.recipe is None and self.checkpoint is None and not self.model.pretrained:
+            raise UsageError(
+                "say where the weights come from: recipe.* trains from scratch (recipe.regime=fast, for example), "
+                "checkpoint=FILE reads a file, model.pretrained=true takes timm's published weights."
+            )
+
+    def execute(self, folder: Path, context: Context) -> dict[str, Any]:
+        """Run it in ``folder``."""
+        config = PretrainConfig(recipe=self.recipe, checkpoint=self.checkpoint, pretrained=self.model.pretrained)
+        return stages.pretrain(
+            self.model,
+            self.data,
+            config,
+            self.evaluation,
+            seed=self.seed,
+            folder=folder,
+            context=context,
+            label=folder.name,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindRun:
+    """``sparse-robust find``: draw tickets from pre-trained weights."""
+
+    weights: str
+    """The weights.safetensors of a pretrain run."""
+    data: DataSpec
+    find: FinderConfig = field(default_factory=lambda: FinderConfig(method="oneshot"))
+    like: str | None = None
+    """Folder of the find run whose per-layer counts a random finder copies."""
+    seed: int = 0
+
+    def execute(self, folder: Path, context: Context) -> dict[str, Any]:
+        """Run it in ``folder``."""
+        like = Path(self.like) if self.like is not None else None
+        return stages.find(
+            Path(self.weights),
+            self.data,
+            self.find,
+            seed=self.seed,
+            folder=folder,
+            context=context,
+            label=folder.name,
+            like=like,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRun:
+    """``sparse-robust transfer``: fine-tune a ticket (or the dense network) on a downstream task."""
+
+    weights: str
+    """The weights.safetensors the ticket was drawn from."""
+    ticket: str | None = None
+    """A ticket file; None transfers the dense network."""
+    data: DataSpec
+    recipe: Recipe = Recipe()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = 0
+
+    def execute(self, folder: Path, context: Context) -> dict[str, Any]:
+        """Run it in ``folder``."""
+        ticket = Path(self.ticket) if self.ticket is not None else None
+        return stages.transfer(
+            Path(self.weights), ticket, self.data, self.recipe, self.evaluation,
+            seed=self.seed, folder=folder, context=context, label=folder.name, keep_weights=True,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRun:
+    """``sparse-robust evaluate``: clean and robust accuracy of a weights file, on the test images."""
+
+    weights: str
+    """A weights file written by pretrain or transfer."""
+    data: DataSpec
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def execute(self, folder: Path, context: Context) -> dict[str, Any]:
+        """Run it; ``folder`` only names the run."""
+        data, model = context.data(self.data), load_model(Path(self.weights))
+        if spec_of(model).num_classes != data.num_classes:
+            raise UsageError(
+                f"{self.weights} tells {spec_of(model).num_classes} classes apart and {data.name} has "
+                f"{data.num_classes}: "
+                "transfer it to this data set first."
+            )
+        check_input_size(model, *data.size)
+        started = time.monotonic()
+        measured = context.evaluate(model, data, self.evaluation)
+        return {
+            "sa": measured.sa,
+            "ra": measured.ra,
+            "test_images": len(measured),
+            "passes": measured.counts,
+            "seconds": time.monotonic() - started,
+        }
+
+
+Run = PretrainRun | FindRun | TransferRun | EvaluateRun
+RUNS: dict[str, type[Run]] = {
+    "pretrain": PretrainRun,
+    "find": FindRun,
+    "transfer": TransferRun,
+    "evaluate": EvaluateRun,
+}
+
+
+def execute(run: Run, folder: Path, context: Context) -> dict[str, Any]:
+    """Run in ``folder``, or return the result that is there already.
+
+    Raises:
+        UsageError: if the folder holds a run with another configuration.
+    """
+    spec = {"kind": type(run).__name__, **to_plain(run)}
+    recorded, result = folder / "spec.yaml", folder / "result.json"
+    if recorded.exists():
+        there = yaml.safe_load(recorded.read_text(encoding="utf-8"))
+        if canonical_json(there) != canonical_json(spec):
+            changed = sorted(key for key in {*there, *spec} if there.get(key) != spec.get(key))
+            raise UsageError(
+                f"{folder} holds a run with another configuration (different: {', '.join(changed)}). "
+                "Choose another --out, or delete that folder."
+            )
+        if result.exists():
+            found: dict[str, Any] = read_json(result)
+            return found
+
+    def begin() -> None:
+        ensure_writable(folder)
+        write_text(recorded, yaml.safe_dump(spec, sort_keys=False))
+
+    context.on_main(begin)
+    row = {"kind": type(run).__name__, **run.execute(folder, context)}
+    context.on_main(lambda: write_json(result, row))
+    context.on_main(lambda: stages.remove_checkpoints(folder))
+    return row

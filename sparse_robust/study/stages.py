@@ -1,0 +1,390 @@
+"""The stages of the protocol: pretrain, find, transfer. Each works in a folder, resumes there, and returns its result
+row."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+
+from sparse_robust.data import Data, DataSpec, eval_loader, load_data
+from sparse_robust.errors import FileError, SparseRobustError, UsageError
+from sparse_robust.evaluation import Evaluation, evaluate
+from sparse_robust.files import atomic_write, sha256_state
+from sparse_robust.masks import Masks, prunable_weights
+from sparse_robust.models import (
+    ModelSpec,
+    check_input_size,
+    create_model,
+    import_weights,
+    load_model,
+    load_state,
+    replace_head,
+    save_model,
+    set_normalization,
+    spec_of,
+)
+from sparse_robust.pruning import imp, prune, random_like, survivors
+from sparse_robust.seeding import derive_seed
+from sparse_robust.study.cells import describe
+from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
+from sparse_robust.tickets import Ticket
+from sparse_robust.training import Recipe, RunOptions, Trainer, TrainResult
+from sparse_robust.training.progress import SILENT, ProgressReporter
+
+WEIGHTS = "weights.safetensors"
+EXAMPLES = "examples.safetensors"
+EXAMPLE_IMAGES = 8
+
+
+@dataclass
+class Context:
+    """With what stages are run.
+
+    Attributes:
+        accelerator: devices and precision, shared by all runs of the process.
+    """
+
+    accelerator: Accelerator
+    progress: ProgressReporter = SILENT
+    checkpoint_seconds: float = 60.0
+    workers: int = 0
+    project: str = "sparse-robust"
+    _data: dict[DataSpec, Data] = field(default_factory=dict)
+
+    def data(self, spec: DataSpec) -> Data:
+        """Load a data set, once a process."""
+        if spec not in self._data:
+            self._data[spec] = load_data(spec)
+        return self._data[spec]
+
+    def train(
+        self, model: nn.Module, data: Data, recipe: Recipe, *, seed: int, masks: Masks | None, folder: Path, name: str
+    ) -> TrainResult:
+        """Train ``model`` in place, resuming from ``folder``."""
+        options = RunOptions(
+            folder=folder, checkpoint_seconds=self.checkpoint_seconds, workers=self.workers,
+            progress=self.progress, name=name, project=self.project,
+        )  # fmt: skip
+        trainer = Trainer(model, data, recipe, seed=seed, masks=masks, accelerator=self.accelerator, options=options)
+        return trainer.fit()
+
+    def evaluate(self, model: nn.Module, data: Data, how: EvaluationConfig) -> Evaluation:
+        """Measure SA and RA on the test images, in fp32, sharded over the ranks."""
+        accelerator = self.accelerator
+        loader = eval_loader(
+            data.test, how.batch_size, device=accelerator.device, workers=self.workers, limit=how.images,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+        return evaluate(model.to(accelerator.device), loader, [how.attack()], how.radius)
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Run ``action`` on the main process while the others wait for it."""
+        if self.accelerator.is_main_process:
+            action()
+        self.accelerator.wait_for_everyone()
+
+
+def network_for(spec: ModelSpec, data: Data, seed: int) -> nn.Module:
+    """Create a network for a data set: its channels, classes and statistics; refuses images that are too small for
+    it."""
+    model = create_model(
+        spec.name, num_classes=data.num_classes, in_chans=data.in_chans, stem=spec.stem, pretrained=spec.pretrained,
+        mean=data.mean, std=data.std, seed=seed, **dict(spec.kwargs),
+    )  # fmt: skip
+    check_input_size(model, *data.size)
+    return model
+
+
+def pretrain(
+    spec: ModelSpec,
+    data_spec: DataSpec,
+    config: PretrainConfig,
+    evaluation: EvaluationConfig,
+    *,
+    seed: int,
+    folder: Path,
+    context: Context,
+    label: str,
+) -> dict[str, Any]:
+    """Make pre-trained weights in ``folder`` and evaluate them on the source task; returns the result row."""
+    data = context.data(data_spec)
+    if config.checkpoint is not None:
+        model = network_for(spec.with_(pretrained=False), data, derive_seed("model", seed))
+        import_weights(model, load_state(config.checkpoint), source=config.checkpoint)
+    else:
+        pretrained = config.pretrained or spec.pretrained
+        model = network_for(spec.with_(pretrained=pretrained), data, derive_seed("model", seed))
+    result: dict[str, Any] = {"regime": None, "epochs": 0, "history": [], "stopped_by_guard": False}
+    seconds = 0.0
+    if config.recipe is not None:
+        trained = context.train(
+            model,
+            data,
+            config.recipe,
+            seed=derive_seed("pretrain", seed),
+            masks=None,
+            folder=folder,
+            name=f"pretrain {label}",
+        )
+        headline = trained.headline(config.recipe.regime != "standard")
+        model.load_state_dict(trained.selection.state(headline))
+        seconds = trained.seconds
+        result = {
+            "regime": config.recipe.regime,
+            "epochs": config.recipe.epochs,
+            "history": trained.history,
+            "stopped_by_guard": trained.stopped_by_guard,
+            "selected": {"rule": headline, **trained.selection.to_json()[headline]},
+        }
+    started = time.monotonic()
+    measured = context.evaluate(model, data, evaluation)
+    sha256 = sha256_state(model.state_dict())
+    provenance = {"label": label, "sha256": sha256, "data": data.digest, "seed": seed}
+    context.on_main(lambda: save_model(model, folder / WEIGHTS, extra=provenance))
+    return {
+        "sa": measured.sa,
+        "ra": measured.ra,
+        "test_images": len(measured),
+        "sha256": sha256,
+        "seconds": seconds + time.monotonic() - started,
+        **result,
+    }
+
+
+def find(
+    weights: Path,
+    data_spec: DataSpec,
+    config: FinderConfig,
+    *,
+    seed: int,
+    folder: Path,
+    context: Context,
+    label: str,
+    like: Path | None = None,
+) -> dict[str, Any]:
+    """Draw the tickets of all rounds from ``weights`` into ``folder/tickets``; returns the result row.
+
+    Finished tickets are kept, so an interrupted search goes on with the round it was in. ``like`` is the folder of
+    the search
+    whose per-layer counts a random finder copies.
+    """
+    started = time.monotonic()
+    model = load_model(weights)
+    base_sha256 = sha256_state(model.state_dict())
+    theta = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    done = _tickets_on_disk(folder, config.rounds, base_sha256)
+    produced = dict(enumerate(done, start=1))
+    rules: dict[str, Any] = {"stem": config.stem, "head": config.head, "exclude": config.exclude}
+    seconds = [0.0]
+
+    def keep(k: int, masks: Masks) -> None:
+        produced[k] = masks
+        provenance = {"finder": label, "k": k, "find": describe(config), "seed": seed, "source": data_spec.name}
+        ticket = Ticket(
+            masks=masks, base_sha256=base_sha256, architecture=spec_of(model).to_dict(), provenance=provenance
+        )
+        context.on_main(lambda: ticket.save(ticket_file(folder, k)))
+
+    def train_round(network: nn.Module, masks: Masks, k: int) -> None:
+        assert config.recipe is not None
+        result = context.train(
+            network, context.data(data_spec), config.recipe, seed=derive_seed("imp", seed, k), masks=masks,
+            folder=folder / f"round-{k:02d}", name=f"find {label} round {k + 1}/{config.rounds}",
+        )  # fmt: skip
+        seconds[0] += result.seconds
+
+    if config.method == "imp":
+        for k, masks in imp(model, theta, train_round, rounds=config.rounds, rate=config.rate, done=done, **rules):
+            keep(k, masks)
+            shutil.rmtree(folder / f"round-{k - 1:02d}", ignore_errors=True)
+    else:
+        for k in range(len(done) + 1, config.rounds + 1):
+            keep(k, _one_cut(model, config, k, derive_seed("random-masks", seed, k), rules, like))
+    return {
+        "method": config.method,
+        "regime": config.recipe.regime if config.recipe is not None and config.method == "imp" else None,
+        "base_sha256": base_sha256,
+        "tickets": [_ticket_row(folder, k, masks) for k, masks in sorted(produced.items())],
+        "seconds": max(seconds[0], time.monotonic() - started),
+    }
+
+
+def _one_cut(
+    model: nn.Module, config: FinderConfig, k: int, seed: int, rules: dict[str, Any], like: Path | None
+) -> Masks:
+    if config.method == "random" and like is not None:
+        return random_like(Ticket.load(ticket_file(like, k)).masks, seed=seed)
+    score = "random" if config.method == "random" else "magnitude"
+    total = sum(weight.numel() for weight in prunable_weights(model, **rules).values())
+    return prune(model, count=survivors(total, config.rate, k), score=score, scope=config.scope, seed=seed, **rules)
+
+
+def ticket_file(folder: Path, k: int) -> Path:
+    """Return where round ``k``'s ticket stands in the folder of a search."""
+    return folder / "tickets" / f"k{k:02d}.safetensors"
+
+
+def _ticket_row(folder: Path, k: int, masks: Masks) -> dict[str, Any]:
+    return {
+        "k": k,
+        "sparsity": 100 * masks.sparsity,
+        "count": masks.count(),
+        "numel": masks.numel(),
+        "digest": masks.digest(),
+        "file": str(ticket_file(folder, k).relative_to(folder)),
+        "layers": [
+            {"name": name, "shape": list(shape), "kept": kept, "numel": numel}
+            for name, shape, kept, numel in masks.layers()
+        ],
+    }
+
+
+def _tickets_on_disk(folder: Path, rounds: int, base_sha256: str) -> list[Masks]:
+    """Return the masks of the rounds that are finished, from 1 on without a gap."""
+    found: list[Masks] = []
+    for k in range(1, rounds + 1):
+        if not ticket_file(folder, k).exists():
+            break
+        ticket = Ticket.load(ticket_file(folder, k))
+        if ticket.base_sha256 != base_sha256:
+            raise FileError(
+                f"{ticket_file(folder, k)} was drawn from other pre-trained weights "
+                f"({ticket.base_sha256[:12]}...) than those "
+                f"this study has ({base_sha256[:12]}...). Delete {folder} to have the tickets found again."
+            )
+        found.append(ticket.masks)
+    return found
+
+
+def transfer(
+    weights: Path,
+    ticket: Path | None,
+    data_spec: DataSpec,
+    recipe: Recipe,
+    evaluation: EvaluationConfig,
+    *,
+    seed: int,
+    folder: Path,
+    context: Context,
+    label: str,
+    keep_weights: bool = False,
+) -> dict[str, Any]:
+    """Transfer a ticket (None: the dense network) from ``weights`` to a data set and evaluate it; returns the result
+    row.
+
+    Training starts at the pre-trained values under the mask, with a new head; the mask stays as it is.
+    With ``keep_weights`` the headline weights go to ``folder``.
+    """
+    data = context.data(data_spec)
+    model = load_model(weights)
+    base_sha256 = sha256_state(model.state_dict())
+    masks = None
+    if ticket is not None:
+        loaded = Ticket.load(ticket)
+        loaded.require_base(base_sha256)
+        masks = loaded.masks
+        masks.apply_(model)
+    _fit_to(model, data, derive_seed("head", seed))
+    trained = context.train(
+        model, data, recipe, seed=derive_seed("transfer", data_spec.name, seed), masks=masks, folder=folder, name=label
+    )
+    started = time.monotonic()
+    checkpoints: dict[str, Any] = {}
+    measured: dict[int, Evaluation] = {}
+    headline = trained.headline(recipe.regime != "standard")
+    for name in sorted(trained.selection.chosen, key=lambda n: n == headline):  # the headline weights stay loaded
+        chosen = trained.selection.chosen[name]
+        model.load_state_dict(trained.selection.state(name))
+        if chosen.epoch not in measured:
+            measured[chosen.epoch] = context.evaluate(model, data, evaluation)
+        found = measured[chosen.epoch]
+        checkpoints[name] = {
+            "epoch": chosen.epoch, "sa": found.sa, "ra": found.ra, "val_sa": chosen.val_sa, "val_ra": chosen.val_ra
+        }  # fmt: skip
+    if masks is not None:
+        _check_zeros(model, masks)
+    _save_examples(model, data, evaluation, folder, context)
+    if keep_weights:
+        extra = {"label": label, "base_sha256": base_sha256, "mask_digest": masks.digest() if masks is not None else ""}
+        context.on_main(lambda: save_model(model, folder / WEIGHTS, extra=extra))
+    return {
+        "sparsity": 100 * masks.sparsity if masks is not None else 0.0,
+        "trained_by": recipe.regime,
+        "seed": seed,
+        "sa": checkpoints[headline]["sa"],
+        "ra": checkpoints[headline]["ra"],
+        "headline": headline,
+        "checkpoints": checkpoints,
+        "epochs": recipe.epochs,
+        "train_images": len(data.train),
+        "classes": list(data.classes),
+        "test_images": len(measured[checkpoints[headline]["epoch"]]),
+        "mask_digest": masks.digest() if masks is not None else None,
+        "survivors": masks.count() if masks is not None else None,
+        "base_sha256": base_sha256,
+        "stopped_by_guard": trained.stopped_by_guard,
+        "history": trained.history,
+        "seconds": trained.seconds + time.monotonic() - started,
+    }
+
+
+def _fit_to(model: nn.Module, data: Data, seed: int) -> None:
+    """Give the network a new head and the statistics of its new data."""
+    if spec_of(model).in_chans != data.in_chans:
+        raise UsageError(
+            f"the network takes {spec_of(model).in_chans} channels and {data.name} has {data.in_chans}. "
+            f"Set channels: {spec_of(model).in_chans} in the data section."
+        )
+    replace_head(model, data.num_classes, seed=seed)
+    set_normalization(model, data.mean, data.std)
+    check_input_size(model, *data.size)
+
+
+def _check_zeros(model: nn.Module, masks: Masks) -> None:
+    weights = dict(model.named_parameters())
+    for name in masks.names():
+        stray = int((weights[name].detach().cpu()[~masks[name]] != 0).sum())
+        if stray:
+            raise SparseRobustError(f"{stray} pruned weights of {name} are not zero after the transfer.")
+
+
+def _save_examples(model: nn.Module, data: Data, how: EvaluationConfig, folder: Path, context: Context) -> None:
+    """Keep a few test images, their adversarial versions and the predictions, for the report."""
+
+    def save() -> None:
+        batch = next(
+            iter(eval_loader(data.test, EXAMPLE_IMAGES, device=context.accelerator.device, limit=EXAMPLE_IMAGES))
+        )
+        model.eval()
+        adversarial = how.attack()(model, batch.x, batch.y, eps=how.radius, ids=batch.ids)
+        with torch.no_grad():
+            before, after = model(batch.x).argmax(1), model(adversarial).argmax(1)
+        tensors = {
+            "clean": (batch.x * 255).round().to(torch.uint8),
+            "adversarial": adversarial,
+            "labels": batch.y,
+            "clean_prediction": before,
+            "adversarial_prediction": after,
+            "ids": batch.ids,
+        }
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        atomic_write(folder / EXAMPLES, lambda path: save_file(on_cpu, path))
+
+    context.on_main(save)
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete what only an unfinished run needs."""
+    for name in ("checkpoint", "checkpoint.new", "checkpoint.old"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for rest in folder.glob("round-*"):
+        shutil.rmtree(rest, ignore_errors=True)
