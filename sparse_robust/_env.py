@@ -14,3 +14,9 @@ def data_root() -> Path:
     ``SPARSE_ROBUST_DATA`` if it is set, else ``~/.cache/sparse-robust/data``.
     """
     return Path(os.environ.get(DATA_VARIABLE) or Path.home() / ".cache" / "sparse-robust" / "data").expanduser()
+
+
+def launched_processes() -> int:
+    """Return how many processes the launcher started together (WORLD_SIZE of torchrun and accelerate launch), else
+    1."""
+    return int(os.environ.get("WORLD_SIZE") or 1)

@@ -1,0 +1,261 @@
+"""The command line: one parser, one function a verb."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_robust._env import launched_processes
+from sparse_robust._version import __version__
+from sparse_robust.errors import SparseRobustError, UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sparse_robust.study.config import StudyConfig
+    from sparse_robust.training.progress import ProgressReporter
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+OVERRIDES = "key=value pairs that change the configuration, such as recipe.epochs=5 or seeds=[0,1]; values are YAML"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "function"):
+        parser.print_help()
+        return 2
+    try:
+        result: int = options.function(options)
+        return result
+    except SparseRobustError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted. What is finished is kept: run the same command again to go on.\n")
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="sparse-robust",
+        description="Find, train, transfer and evaluate sparse networks that stay accurate and adversarially robust.",
+        epilog="Runs on one device as it is, and on many as: accelerate launch -m sparse_robust VERB ...",
+    )
+    parser.add_argument("--version", action="version", version=f"sparse-robust {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    study = verbs.add_parser("study", help="the whole protocol: pretrain, find, transfer, evaluate, report")
+    actions = study.add_subparsers(title="actions", metavar="ACTION", required=True)
+    run = _verb(actions, "run", study_run, "run what is not done yet, then write the report")
+    _configuration(run, required=True)
+    _running(run)
+    run.add_argument("--no-report", action="store_true", help="do not write the report at the end")
+    for name, function, text in (
+        ("status", study_status, "what is done and what is to come"),
+        ("report", study_report, "write report/index.html from the results there are"),
+    ):
+        action = _verb(actions, name, function, text)
+        action.add_argument("--config", help="a preset or a YAML file, to find the folder by its name")
+        action.add_argument("--out", type=Path, help="the study's folder (default: runs/NAME)")
+
+    for name, text in (
+        ("pretrain", "train theta_p on the source task, or take a checkpoint"),
+        ("find", "draw tickets from pre-trained weights"),
+        ("transfer", "fine-tune a ticket on a downstream task"),
+        ("evaluate", "clean and robust accuracy of a weights file"),
+    ):
+        verb = _verb(verbs, name, single_run, text)
+        verb.set_defaults(verb=name)
+        _configuration(verb, required=False)
+        _running(verb)
+
+    ticket = verbs.add_parser("ticket", help="show or verify a ticket file")
+    kinds = ticket.add_subparsers(title="actions", metavar="ACTION", required=True)
+    show = _verb(kinds, "show", ticket_show, "what a ticket holds, layer by layer")
+    show.add_argument("ticket", type=Path)
+    verify = _verb(kinds, "verify", ticket_verify, "check a ticket file, and that it belongs to given weights")
+    verify.add_argument("ticket", type=Path)
+    verify.add_argument("--weights", type=Path, help="the weights file it should have been drawn from")
+
+    bench = _verb(verbs, "bench", run_bench, "time kernels, attacks and training steps after a correctness gate")
+    bench.add_argument("operations", nargs="*", help="names of operations (default: all)")
+    bench.add_argument("--list", action="store_true", help="list the operations")
+    bench.add_argument("--csv", type=Path, help="append the records to this file")
+
+    _verb(verbs, "doctor", doctor, "what is installed, what works here, what to do about what does not")
+    return parser
+
+
+def _verb(parent: Any, name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _configuration(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--config", required=required, help="a preset (quickstart, small, reference, recommended) or a YAML file"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+
+def _running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/NAME)")
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and what would run, and stop")
+    parser.add_argument("--tracker", choices=TRACKERS, help="also send the numbers there, through Accelerate")
+    parser.add_argument(
+        "--mixed-precision", choices=("no", "bf16", "fp16"), help="precision of training (default: Accelerate's)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress display")
+
+
+def study_run(options: argparse.Namespace) -> int:
+    """Run a study and write its report."""
+    from sparse_robust.study.console import dry_run
+    from sparse_robust.study.runner import Study
+
+    config = _study_config(options)
+    study = Study(config, options.out or Path("runs") / config.name)
+    if options.dry_run:
+        dry_run(study)
+        return 0
+    from sparse_robust.bench import machine
+    from sparse_robust.study.report import write_report
+
+    with _accelerator(options, study.folder) as accelerator, _progress(accelerator, options) as progress:
+        study.run(accelerator, progress, machine=asdict(machine(accelerator.device)))
+        if accelerator.is_main_process and not options.no_report:
+            page = write_report(study.folder)
+            progress.say(f"report: {page}")
+        accelerator.wait_for_everyone()
+    return 0
+
+
+def study_status(options: argparse.Namespace) -> int:
+    """Print which cells are done."""
+    from sparse_robust.study.console import status
+
+    status(_study_folder(options))
+    return 0
+
+
+def study_report(options: argparse.Namespace) -> int:
+    """Write the report of a study, finished or not."""
+    from sparse_robust.study.report import write_report
+
+    sys.stdout.write(f"{write_report(_study_folder(options))}\n")
+    return 0
+
+
+def single_run(options: argparse.Namespace) -> int:
+    """Run one stage in one folder."""
+    from sparse_robust.study.console import show_configuration
+    from sparse_robust.study.load import build, read_config
+    from sparse_robust.study.runs import RUNS, execute
+    from sparse_robust.study.stages import Context
+
+    run = build(RUNS[options.verb], read_config(options.config, options.overrides))
+    folder = options.out or Path("runs") / options.verb
+    if options.dry_run:
+        show_configuration(run)
+        return 0
+    with _accelerator(options, folder) as accelerator, _progress(accelerator, options) as progress:
+        row = execute(run, folder, Context(accelerator=accelerator, progress=progress))
+        main_process = accelerator.is_main_process
+    if main_process:
+        numbers = "  ".join(f"{name.upper()} {row[name]:.2f} %" for name in ("sa", "ra") if name in row)
+        sys.stdout.write(f"{folder}: {numbers or str(len(row['tickets'])) + ' tickets'}\n")
+    return 0
+
+
+def ticket_show(options: argparse.Namespace) -> int:
+    """Print a ticket."""
+    from sparse_robust.study.console import show_ticket
+
+    show_ticket(options.ticket)
+    return 0
+
+
+def ticket_verify(options: argparse.Namespace) -> int:
+    """Check a ticket, and the weights it belongs to."""
+    from sparse_robust.tickets import Ticket
+
+    ticket = Ticket.load(options.ticket)
+    sys.stdout.write(f"{options.ticket}: sound, {ticket.masks.count()} of {ticket.masks.numel()} weights kept\n")
+    if options.weights is not None:
+        from sparse_robust.models import load_model
+
+        ticket.verify(load_model(options.weights))
+        sys.stdout.write(f"{options.weights}: the weights this ticket was drawn from\n")
+    return 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Run benchmarks."""
+    from sparse_robust.bench import command
+
+    return command(options.operations, list_only=options.list, csv=options.csv)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what works here."""
+    from sparse_robust.study.doctor import examine
+
+    return examine()
+
+
+def _study_config(options: argparse.Namespace) -> StudyConfig:
+    from sparse_robust.study.config import StudyConfig
+    from sparse_robust.study.load import build, read_config
+
+    return build(StudyConfig, read_config(options.config, options.overrides))
+
+
+def _study_folder(options: argparse.Namespace) -> Path:
+    from sparse_robust.study.load import read_config
+
+    if options.out is None and options.config is None:
+        raise UsageError("say which study: --out FOLDER, or --config PRESET for runs/PRESET.")
+    folder: Path = options.out or Path("runs") / str(read_config(options.config).get("name"))
+    if not (folder / "study.json").exists():
+        raise UsageError(
+            f"{folder} holds no study (no study.json): start one with sparse-robust study run --config quickstart."
+        )
+    return folder
+
+
+@contextmanager
+def _accelerator(options: argparse.Namespace, folder: Path) -> Iterator[Accelerator]:
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    from sparse_robust.files import ensure_writable
+
+    ensure_writable(folder)
+    project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=options.tracker, project_config=project)
+    if accelerator.num_processes < launched_processes():
+        raise UsageError(
+            f"{launched_processes()} processes were started and each sees only itself: without GPUs set "
+            "ACCELERATE_USE_CPU=true and start with torchrun, so that they work together."
+        )
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()  # ends the process group, which must not outlive the work
+
+
+def _progress(accelerator: Accelerator, options: argparse.Namespace) -> ProgressReporter:
+    from sparse_robust.training.progress import ProgressReporter
+
+    return ProgressReporter(accelerator.is_main_process and not options.quiet)

@@ -1,0 +1,144 @@
+"""The command line as a user types it, and what it answers to nonsense."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from sparse_robust import __version__
+from sparse_robust.cli import main
+
+NETWORK = ["model.name=resnet10t", "model.kwargs={channels: [4, 6, 8, 10], stem_width: 4}"]
+DATA = ["data.name=digits", "data.resize=28", "data.fraction=0.1"]
+QUICK = ["recipe.epochs=1", "evaluation.steps=1", "evaluation.images=20", "evaluation.eps=0.1"]
+
+
+class Answer(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Answer:
+        status = main(arguments)
+        captured = capsys.readouterr()
+        return Answer(status, captured.out, captured.err)
+
+    return call
+
+
+def test_pretrain_find_transfer_evaluate_show_verify(run, tmp_path: Path) -> None:
+    assert (
+        run(
+            "pretrain", "--out", "theta", "--quiet", *NETWORK, *DATA, *QUICK, "recipe.regime=fast", "recipe.eps=0.1"
+        ).status
+        == 0
+    )
+    weights = "weights=theta/weights.safetensors"
+    found = run("find", "--out", "tickets", "--quiet", weights, *DATA, "find.method=oneshot", "find.rounds=3")
+    assert found.status == 0 and "3 tickets" in found.out
+    ticket = "tickets/tickets/k03.safetensors"
+    moved = run("transfer", "--out", "moved", "--quiet", weights, f"ticket={ticket}", *DATA, *QUICK)
+    assert moved.status == 0 and "SA" in moved.out and "RA" in moved.out
+    assert (tmp_path / "moved" / "log.jsonl").exists() and not (tmp_path / "moved" / "checkpoint").exists()
+
+    evaluated = run("evaluate", "--out", "numbers", "--quiet", "weights=moved/weights.safetensors", *DATA, *QUICK[1:])
+    assert evaluated.status == 0 and evaluated.out.split(":")[1] == moved.out.split(":")[1]
+
+    shown = run("ticket", "show", ticket)
+    assert shown.status == 0 and "sparsity 48.80 %" in shown.out and "layer1.0.conv1.weight" in shown.out
+    assert run("ticket", "verify", ticket, "--weights", "theta/weights.safetensors").status == 0
+    wrong = run("ticket", "verify", ticket, "--weights", "moved/weights.safetensors")
+    assert wrong.status == 2 and "drawn from weights with sha256" in wrong.err
+
+    again = run("transfer", "--out", "moved", "--quiet", weights, f"ticket={ticket}", *DATA, *QUICK)
+    assert again.out == moved.out
+    other = run("transfer", "--out", "moved", "--quiet", weights, f"ticket={ticket}", *DATA, *QUICK, "seed=1")
+    assert other.status == 2 and "another configuration (different: seed)" in other.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pretrain", *NETWORK, "data.nam=digits"], "unknown key in data 'nam'. Did you mean 'name'"),
+        (["pretrain", "model.name=resnet19", *DATA, *QUICK], "Did you mean 'resnet18'"),
+        (["pretrain", *NETWORK, *QUICK, "data.name=digit"], "Did you mean 'digits'"),
+        (["pretrain", *NETWORK, *DATA, "recipe.regime=adverserial"], "Did you mean 'adversarial'"),
+        (["pretrain", *NETWORK, *DATA, "recipe.epochs=few"], "recipe.epochs must be of type int, got 'few'"),
+        (["pretrain", *NETWORK, *DATA, *QUICK, "evaluation.eps=8"], "8/255"),
+        (["pretrain", "model.name=convnext_atto", *DATA, *QUICK], "resize"),
+        (["pretrain"], "lacks model, data"),
+        (["pretrain", *NETWORK, *DATA], "recipe.regime=fast"),
+        (["study", "run", "--config", "quick"], "Did you mean 'quickstart'"),
+        (["study", "status", "--out", "nowhere"], "holds no study"),
+        (["study", "report"], "say which study"),
+        (["find", "weights=absent.safetensors", *DATA], "absent.safetensors"),
+        (["ticket", "show", "absent.safetensors"], "absent.safetensors"),
+    ],
+)
+def test_nonsense_is_named_and_nothing_is_trained(run, arguments: list[str], expected: str, tmp_path: Path) -> None:
+    answer = run(*arguments)
+    assert answer.status in (1, 2)
+    assert answer.err.startswith("error: ") and expected in answer.err and "Traceback" not in answer.err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    answer = run("study", "run", "--config", "quickstart", "--out", "file/study")
+    assert answer.status == 1 and "cannot write into file/study" in answer.err and "--out" in answer.err
+
+
+def test_a_full_disk_is_named_before_training(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    answer = run("study", "run", "--config", "quickstart", "--out", "study")
+    assert answer.status == 1 and "free and this run needs about" in answer.err
+    assert not (tmp_path / "study" / "cells").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_robust.study import stages
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "pretrain", interrupt)
+    answer = run("study", "run", "--config", "quickstart", "--out", "study", "--quiet")
+    assert answer.status == 130 and "run the same command again to go on" in answer.err
+    status = run("study", "status", "--out", "study")
+    assert status.status == 0 and "0 of" in status.out and "next: pretrain-STD" in status.out
+    assert run("study", "report", "--out", "study").status == 0
+
+
+def test_dry_run_lists_cells_and_cost_without_data_or_folder(run, tmp_path: Path) -> None:
+    answer = run("study", "run", "--config", "reference", "--dry-run")
+    assert answer.status == 0
+    assert "find-AT-imp-at" in answer.out and "not counted" in answer.out and "folder:data/imagenet" in answer.out
+    assert not list(tmp_path.iterdir())
+    quick = run("study", "run", "--config", "quickstart", "--dry-run", "seeds=[0,1]")
+    assert quick.status == 0 and "M passes at the most" in quick.out and "-s1-" in quick.out
+
+
+def test_doctor_finds_this_machine_fit(run) -> None:
+    answer = run("doctor")
+    assert answer.status == 0 and "embedded data" in answer.out and "fails" not in answer.out
+
+
+def test_no_verb_prints_the_help(run) -> None:
+    answer = run()
+    assert answer.status == 2 and "study" in answer.out and "accelerate launch" in answer.out
+
+
+def test_module_and_script_are_the_same_thing() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "sparse_robust", "--version"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == f"sparse-robust {__version__}"
