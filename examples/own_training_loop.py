@@ -1,4 +1,4 @@
-"""Prune a network, train it adversarially with the mask held, and evaluate it, without the trainer: python examples/own_training_loop.py"""
+"""Prune a network, train it adversarially with the mask held, evaluate it; all without the trainer."""
 
 import torch
 from torch.nn import functional as F

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from sparse_robust.study.config import StudyConfig
+    from sparse_robust.study.verdict import Criterion
     from sparse_robust.training.progress import ProgressReporter
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _configuration(run, required=True)
     _running(run)
     run.add_argument("--no-report", action="store_true", help="do not write the report at the end")
+    _criterion(run)
     for name, function, text in (
         ("status", study_status, "what is done and what is to come"),
         ("report", study_report, "write report/index.html from the results there are"),
@@ -67,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
         action = _verb(actions, name, function, text)
         action.add_argument("--config", help="a preset or a YAML file, to find the folder by its name")
         action.add_argument("--out", type=Path, help="the study's folder (default: runs/NAME)")
+        if name == "report":
+            _criterion(action)
 
     for name, text in (
         ("pretrain", "train theta_p on the source task, or take a checkpoint"),
@@ -119,6 +123,20 @@ def _running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
+def _criterion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--predicate", default="strict", help="what a win requires: strict, lenient or literal")
+    parser.add_argument(
+        "--tolerance", type=float, default=1.0, help="in standard deviations of the dense runs (default: 1)"
+    )
+    parser.add_argument("--baseline", default="same", help="dense model to match: same (pre-training) or best_dense")
+
+
+def _criterion_of(options: argparse.Namespace) -> Criterion:
+    from sparse_robust.study.verdict import Criterion
+
+    return Criterion(predicate=options.predicate, c=options.tolerance, baseline=options.baseline)
+
+
 def study_run(options: argparse.Namespace) -> int:
     """Run a study and write its report."""
     from sparse_robust.study.console import dry_run
@@ -132,10 +150,12 @@ def study_run(options: argparse.Namespace) -> int:
     from sparse_robust.bench import machine
     from sparse_robust.study.report import write_report
 
+    criterion = _criterion_of(options)
+
     with _accelerator(options, study.folder) as accelerator, _progress(accelerator, options) as progress:
         study.run(accelerator, progress, machine=asdict(machine(accelerator.device)))
         if accelerator.is_main_process and not options.no_report:
-            page = write_report(study.folder)
+            page = write_report(study.folder, criterion)
             progress.say(f"report: {page}")
         accelerator.wait_for_everyone()
     return 0
@@ -153,7 +173,7 @@ def study_report(options: argparse.Namespace) -> int:
     """Write the report of a study, finished or not."""
     from sparse_robust.study.report import write_report
 
-    sys.stdout.write(f"{write_report(_study_folder(options))}\n")
+    sys.stdout.write(f"{write_report(_study_folder(options), _criterion_of(options))}\n")
     return 0
 
 

@@ -115,7 +115,9 @@ def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch: pytest.MonkeyPat
     assert answer.status == 130 and "run the same command again to go on" in answer.err
     status = run("study", "status", "--out", "study")
     assert status.status == 0 and "0 of" in status.out and "next: pretrain-STD" in status.out
-    assert run("study", "report", "--out", "study").status == 0
+    assert run("study", "report", "--out", "study", "--predicate", "lenient").status == 0
+    wrong = run("study", "report", "--out", "study", "--predicate", "strct")
+    assert wrong.status == 2 and "Did you mean 'strict'" in wrong.err
 
 
 def test_dry_run_lists_cells_and_cost_without_data_or_folder(run, tmp_path: Path) -> None:

@@ -217,10 +217,13 @@ class TrainLoader:
 
 
 class EvalLoader(Iterable[Batch]):
-    """Every image once over all ranks, in file order, not augmented; see `eval_loader`."""
+    """Every image once over all ranks, in file order, not augmented; see `eval_loader`.
 
-    def __init__(self, plan: list[Tensor], feed: _MemoryFeed | _ReaderFeed | _StreamFeed) -> None:
-        self.plan, self.feed = plan, feed
+    ``world`` tells `evaluate` whether what it saw is a shard that has to be merged with others.
+    """
+
+    def __init__(self, plan: list[Tensor], feed: _MemoryFeed | _ReaderFeed | _StreamFeed, world: int = 1) -> None:
+        self.plan, self.feed, self.world = plan, feed, world
 
     def __len__(self) -> int:
         """Batches of this rank; ranks may differ by one."""
@@ -293,7 +296,7 @@ def eval_loader(
         positions = positions if isinstance(split, StreamSplit) else positions * len(split) // limit
     mine = positions[rank::world]
     plan = list(mine.split(max(1, batch_size // world))) if len(mine) else []
-    return EvalLoader(plan, _feed(split, _How(None, 0), torch.device(device), workers))
+    return EvalLoader(plan, _feed(split, _How(None, 0), torch.device(device), workers), world)
 
 
 def _feed(split: Split, how: _How, device: torch.device, workers: int) -> _MemoryFeed | _ReaderFeed | _StreamFeed:

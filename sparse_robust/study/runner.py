@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 RESULT = "result.json"
 STUDY = "study.json"
+SEEDS = (
+    "Pre-training and tickets are made once; the seeds vary the transfer (new head, order of the images, attack "
+    "noise), so every spread shown is that of the transfer."
+)
 
 
 class Study:
@@ -58,7 +62,7 @@ class Study:
         names = [cell_name(cell) for cell in self.cells]
         write_json(
             self.folder / STUDY,
-            {"name": self.config.name, "config": plain, "machine": machine, "cells": names, "notes": []},
+            {"name": self.config.name, "config": plain, "machine": machine, "cells": names, "notes": [SEEDS]},
         )
 
     def run(
