@@ -114,7 +114,9 @@ def _configuration(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _running(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/NAME)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: one below runs/, named after the run)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and what would run, and stop")
     parser.add_argument("--tracker", choices=TRACKERS, help="also send the numbers there, through Accelerate")
     parser.add_argument(
@@ -181,11 +183,11 @@ def single_run(options: argparse.Namespace) -> int:
     """Run one stage in one folder."""
     from sparse_robust.study.console import show_configuration
     from sparse_robust.study.load import build, read_config
-    from sparse_robust.study.runs import RUNS, execute
+    from sparse_robust.study.runs import RUNS, execute, run_name
     from sparse_robust.study.stages import Context
 
     run = build(RUNS[options.verb], read_config(options.config, options.overrides))
-    folder = options.out or Path("runs") / options.verb
+    folder = options.out or Path("runs") / run_name(run)
     if options.dry_run:
         show_configuration(run)
         return 0

@@ -64,6 +64,13 @@ def test_pretrain_find_transfer_evaluate_show_verify(run, tmp_path: Path) -> Non
     assert other.status == 2 and "another configuration (different: seed)" in other.err
 
 
+def test_without_out_each_configuration_has_a_folder_of_its_own(run, tmp_path: Path) -> None:
+    for eps in ("0.1", "0.05", "0.1"):
+        command = ["pretrain", "--quiet", *NETWORK, *DATA, *QUICK[:3], f"evaluation.eps={eps}"]
+        assert run(*command).status == 0
+    assert len(list((tmp_path / "runs").glob("pretrain-*/result.json"))) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,7 +24,11 @@ def register(op: str, backend: str, *, devices: tuple[str, ...] = ()) -> Callabl
 
 
 def operations() -> tuple[str, ...]:
-    """Return the names of the operations that are registered."""
+    """Return the names of all operations of this package."""
+    package = importlib.import_module(__package__ or "sparse_robust_kernels")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.ispkg:
+            importlib.import_module(f"{package.__name__}.{module.name}")  # which registers what it holds
     return tuple(sorted(_IMPLEMENTATIONS))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparse_robust.data import DataSpec, load_data
 from sparse_robust.errors import SparseRobustError
@@ -119,8 +119,8 @@ def show_ticket(path: Path, console: Console | None = None) -> None:
         **{str(key): value for key, value in ticket.provenance.items() if not isinstance(value, dict)},
     }
     for name, value in facts.items():
-        console.print(f"  {name:<20} {value}", highlight=False, markup=False)
-    table = Table("weight", "shape", "kept", "of", "density")
+        console.print(f"  {name:<20} {value}", highlight=False, markup=False, soft_wrap=True)
+    table = Table(Column("weight", overflow="fold"), "shape", "kept", "of", Column("density", no_wrap=True))
     for name, shape, kept, numel in masks.layers():
         density = kept / max(numel, 1)
         table.add_row(
@@ -128,7 +128,7 @@ def show_ticket(path: Path, console: Console | None = None) -> None:
             "x".join(map(str, shape)),
             f"{kept:,}",
             f"{numel:,}",
-            f"{100 * density:5.1f} % {'█' * round(20 * density)}",
+            f"{100 * density:5.1f} % {'█' * round(8 * density)}",
         )
     console.print(table)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 REQUIRED = (
@@ -42,7 +43,7 @@ def examine(console: Console | None = None) -> int:
     table = Table("what", "state", "detail", title="sparse-robust doctor")
     failures = 0
     for name, state, detail in _checks():
-        table.add_row(name, state, detail)
+        table.add_row(name, state, escape(detail))
         failures += state == BAD
     console.print(table)
     return 1 if failures else 0

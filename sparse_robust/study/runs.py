@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from sparse_robust.errors import UsageError
 from sparse_robust.files import canonical_json, ensure_writable, read_json, write_json, write_text
 from sparse_robust.models import ModelSpec, check_input_size, load_model, spec_of
 from sparse_robust.study import stages
+from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
 from sparse_robust.study.load import to_plain
 from sparse_robust.study.stages import Context
@@ -139,6 +141,12 @@ RUNS: dict[str, type[Run]] = {
     "transfer": TransferRun,
     "evaluate": EvaluateRun,
 }
+
+
+def run_name(run: Run) -> str:
+    """Return a run's name: its verb and 8 digits of the sha256 of everything it was told."""
+    verb = next(name for name, kind in RUNS.items() if isinstance(run, kind))
+    return f"{verb}-{hashlib.sha256(canonical_json(describe(run)).encode()).hexdigest()[:8]}"
 
 
 def execute(run: Run, folder: Path, context: Context) -> dict[str, Any]:
