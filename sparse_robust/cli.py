@@ -82,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
         verb.set_defaults(verb=name)
         _configuration(verb, required=False)
         _running(verb)
+        verb.add_argument("--workers", type=int, default=0, help="loader processes of large data sets")
+        verb.add_argument(
+            "--checkpoint-seconds", type=float, default=60.0, help="time between checkpoints (default: 60)"
+        )
 
     ticket = verbs.add_parser("ticket", help="show or verify a ticket file")
     kinds = ticket.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -122,6 +126,7 @@ def _running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed-precision", choices=("no", "bf16", "fp16"), help="precision of training (default: Accelerate's)"
     )
+    parser.add_argument("--trust-pickle", action="store_true", help="let checkpoint files run the code they contain")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
 
 
@@ -145,7 +150,7 @@ def study_run(options: argparse.Namespace) -> int:
     from sparse_robust.study.runner import Study
 
     config = _study_config(options)
-    study = Study(config, options.out or Path("runs") / config.name)
+    study = Study(config, options.out or Path("runs") / config.name, trust_pickle=options.trust_pickle)
     if options.dry_run:
         dry_run(study)
         return 0
@@ -192,7 +197,11 @@ def single_run(options: argparse.Namespace) -> int:
         show_configuration(run)
         return 0
     with _accelerator(options, folder) as accelerator, _progress(accelerator, options) as progress:
-        row = execute(run, folder, Context(accelerator=accelerator, progress=progress))
+        context = Context(
+            accelerator=accelerator, progress=progress, workers=options.workers, trust_pickle=options.trust_pickle,
+            checkpoint_seconds=options.checkpoint_seconds, keep_weights=True,
+        )  # fmt: skip
+        row = execute(run, folder, context)
         main_process = accelerator.is_main_process
     if main_process:
         numbers = "  ".join(f"{name.upper()} {row[name]:.2f} %" for name in ("sa", "ra") if name in row)
@@ -265,7 +274,12 @@ def _accelerator(options: argparse.Namespace, folder: Path) -> Iterator[Accelera
 
     ensure_writable(folder)
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, log_with=options.tracker, project_config=project)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=1,  # accumulation is the recipe's
+        log_with=options.tracker,
+        project_config=project,
+    )
     if accelerator.num_processes < launched_processes():
         raise UsageError(
             f"{launched_processes()} processes were started and each sees only itself: without GPUs set "

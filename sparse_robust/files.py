@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from sparse_robust.errors import FileError
 
@@ -36,10 +37,9 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise FileError(
-            f"cannot write {path}: {error.strerror or error}. The file that was there is unchanged."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"cannot write {path}: {reason}. The file that was there is unchanged.") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

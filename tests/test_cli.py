@@ -61,7 +61,7 @@ def test_pretrain_find_transfer_evaluate_show_verify(run, tmp_path: Path) -> Non
     again = run("transfer", "--out", "moved", "--quiet", weights, f"ticket={ticket}", *DATA, *QUICK)
     assert again.out == moved.out
     other = run("transfer", "--out", "moved", "--quiet", weights, f"ticket={ticket}", *DATA, *QUICK, "seed=1")
-    assert other.status == 2 and "another configuration (different: seed)" in other.err
+    assert other.status == 2 and "another configuration or other input files (different: seed)" in other.err
 
 
 def test_without_out_each_configuration_has_a_folder_of_its_own(run, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_accelerate_launch_runs_the_same_thing(tmp_path: Path) -> None:
 @pytest.mark.acceptance("double-win", "A-31", "A-38")
 def test_two_ranks_count_every_image_once_and_find_the_same_tickets(tmp_path: Path) -> None:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29531"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
     def on_two(*arguments: str) -> None:
         subprocess.run([*torchrun, "-m", "sparse_robust", *arguments], check=True, env=environment, capture_output=True)

@@ -199,7 +199,7 @@ class TrainLoader:
         self.how, self.feed = how, _feed(split, how, device, workers)
         steps, rest = divmod(len(split), batch_size)
         # A rank without an image could not take part in the step.
-        self.steps = steps + (rest >= world and rest > 0 and not drop_last)
+        self.steps = steps + (rest >= min(2 * world, batch_size) and not drop_last)
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank."""
@@ -240,8 +240,9 @@ def train_loader(
     """Return the loader of the training images.
 
     Order and augmentation depend on (seed, epoch, sample id) alone: rank r of ``world`` gets ``[r::world]`` of the very
-    batches that a single rank gets. The short batch at the end is kept, unless it has fewer images than there are
-    ranks. Images in memory stay on ``device`` as uint8; others are decoded by ``workers`` processes.
+    batches that a single rank gets. The short batch at the end is kept, unless it leaves a rank fewer than the two
+    images that batch statistics need. Images in memory stay on ``device`` as uint8; others are decoded by ``workers``
+    processes.
 
     Args:
         batch_size: images of a step, over all ranks together.

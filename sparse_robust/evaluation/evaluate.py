@@ -105,7 +105,8 @@ def evaluate(
     radius = parse_eps(eps)
     rows: list[PerImage] = []
     counts = {"forward": 0, "backward": 0, "queries": 0}
-    with evaluating(model), torch.no_grad():
+    exact = torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False)
+    with evaluating(model), torch.no_grad(), exact:
         for x, y, ids in _batches(loader, _device_of(model)):
             rows.append(_verdicts(model, x, y, ids, attacks, radius, counts))
             if on_batch is not None:

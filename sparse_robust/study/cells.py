@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 from sparse_robust.data import DataSpec
 from sparse_robust.files import canonical_json
 from sparse_robust.models import ModelSpec
-from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig, StudyConfig
+from sparse_robust.study.config import NO_IDENTITY, EvaluationConfig, FinderConfig, PretrainConfig, StudyConfig
 from sparse_robust.training import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainCell:
-    """Make theta_p: train the source task, or take a checkpoint, and evaluate it."""
+    """Make theta_p: train the source task, or take a checkpoint, and evaluate it.
+
+    Its name is that of the weights: another evaluation renames nothing that was drawn from them.
+    """
 
     kind: ClassVar[str] = "pretrain"
     theta: str
     model: ModelSpec
     data: DataSpec
     config: PretrainConfig
-    evaluation: EvaluationConfig
+    evaluation: EvaluationConfig = field(metadata=NO_IDENTITY)
     seed: int = 0
 
     @property
@@ -78,20 +81,20 @@ class TransferCell:
 
 
 Cell = PretrainCell | FindCell | TransferCell
+HOW = frozenset({"download", "storage"})
+"""Fields of a data set that say how it is had, not what it is."""
 
 
 def describe(value: Any) -> Any:
-    """Return a JSON form of a cell without the fields that have their default values: new options do not rename old
-    runs."""
+    """Return what a value says, as JSON: without fields at their defaults, so that new options do not rename old runs,
+    and without those that only say how something is done."""
     if is_dataclass(value) and not isinstance(value, type):
         shown = {}
-        for field in fields(value):
-            item = getattr(value, field.name)
-            default = field.default if field.default is not MISSING else MISSING
-            if default is MISSING and field.default_factory is not MISSING:
-                default = field.default_factory()
-            if item != default:
-                shown[field.name] = describe(item)
+        for known in fields(value):
+            item = getattr(value, known.name)
+            default = known.default_factory() if known.default_factory is not MISSING else known.default
+            if item != default and known.metadata.get("identity", True) and known.name not in HOW:
+                shown[known.name] = describe(item)
         return shown
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
@@ -128,7 +131,7 @@ def _transfers(
 ) -> Iterator[TransferCell]:
     for seed in config.seeds:
         for label, target in config.targets.items():
-            for fraction in target.fractions:
+            for fraction in target.fractions or (target.data.fraction,):
                 data = replace(target.data, fraction=fraction)
                 for theta, pretrain in pretrains.items():
                     tickets: list[tuple[FindCell | None, int]] = [(None, 0)]

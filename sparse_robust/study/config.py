@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from sparse_robust.models import ModelSpec
 from sparse_robust.training import Recipe
 
 FINDERS = ("imp", "oneshot", "random")
+NO_IDENTITY = {"identity": False}
+"""Marks fields that say how something is done and not what: they do not enter the name of a cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +34,8 @@ class EvaluationConfig:
     seed: int = 0
     """Seed of the attack's noise: the same for every model that is compared."""
     images: int | None = None
-    """Only the first so many test images; None for all."""
-    batch_size: int = 500
+    """So many of the test images, evenly spaced over the file; None for all."""
+    batch_size: int = field(default=500, metadata=NO_IDENTITY)
     """Images per evaluation batch; it does not change the verdicts."""
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.recipe is None and self.checkpoint is None and not self.pretrained:
             raise UsageError("a pretrain entry needs a recipe, a checkpoint, or pretrained: true.")
+        if self.checkpoint is not None and self.pretrained:
+            raise UsageError("a pretrain entry starts from a checkpoint or from pretrained weights, not from both.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +119,18 @@ class TargetConfig:
     """The data set."""
     recipes: dict[str, Recipe]
     """One recipe a transfer regime; ST and AT are what the verdict compares."""
-    fractions: tuple[float, ...] = (1.0,)
-    """Shares of the training images that are used."""
+    fractions: tuple[float, ...] | None = None
+    """Shares of the training images that are used, one transfer each; None means data.fraction alone."""
     rounds: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """By finder, the rounds whose tickets are transferred, where that differs from the study's."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fractions", tuple(self.fractions))
+        if self.fractions is not None:
+            object.__setattr__(self, "fractions", tuple(self.fractions))
+            if self.data.fraction != 1:
+                raise UsageError(f"a target takes data.fraction ({self.data.fraction:g}) or fractions, not both.")
+            if not self.fractions or len(set(self.fractions)) != len(self.fractions):
+                raise UsageError(f"fractions must name each share once, got {self.fractions}.")
         object.__setattr__(self, "rounds", {name: tuple(rounds) for name, rounds in self.rounds.items()})
         if not self.recipes:
             raise UsageError("a target needs at least one transfer recipe, for example recipes: {ST: ..., AT: ...}.")
@@ -155,6 +165,8 @@ class StudyConfig:
     """Wall time between checkpoints inside a run."""
     workers: int = 0
     """Loader processes of large data sets."""
+    keep_weights: bool = False
+    """Keep the transferred weights, to evaluate them again later."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", tuple(self.rounds))
@@ -163,14 +175,17 @@ class StudyConfig:
             raise UsageError("a study needs at least one entry each of pretrain, find, targets and seeds.")
         if len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"study.seeds holds a seed twice: {self.seeds}.")
+        self._check_labels()
         for label, finder in self.find.items():
-            if finder.like is not None and finder.like not in self.find:
-                raise unknown(f"finder in find.{label}.like", finder.like, self.find)
+            self._check_like(label, finder)
         for label, target in self.targets.items():
             for finder_label in target.rounds:
                 if finder_label not in self.find:
                     raise unknown(f"finder in targets.{label}.rounds", finder_label, self.find)
             for finder_label, finder in self.find.items():
+                rounds = self.rounds_of(label, finder_label)
+                if len(set(rounds)) != len(rounds):
+                    raise UsageError(f"the rounds of {finder_label} for {label} name one twice: {rounds}.")
                 beyond = [k for k in self.rounds_of(label, finder_label) if not 1 <= k <= finder.rounds]
                 if beyond:
                     raise UsageError(
@@ -178,6 +193,24 @@ class StudyConfig:
                         f"1..{finder.rounds}. "
                         f"Raise find.{finder_label}.rounds or leave that round out."
                     )
+
+    def _check_labels(self) -> None:
+        for label in (*self.pretrain, *self.find, *self.targets):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", label):
+                raise UsageError(f"{label!r} cannot be a label: it becomes a folder's name (letters, digits, . _ + -).")
+
+    def _check_like(self, label: str, finder: FinderConfig) -> None:
+        if finder.like is None:
+            return
+        if finder.like not in self.find:
+            raise unknown(f"finder in find.{label}.like", finder.like, self.find)
+        pattern = self.find[finder.like]
+        if pattern.like is not None or pattern.rounds < finder.rounds:
+            raise UsageError(
+                f"find.{label} copies the layer counts of {finder.like}, which must not copy others itself and "
+                f"must have "
+                f"at least its {finder.rounds} rounds."
+            )
 
     def rounds_of(self, target: str, finder: str) -> tuple[int, ...]:
         """Return the rounds of ``finder`` that are transferred to ``target``."""

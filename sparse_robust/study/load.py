@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import resources
@@ -37,7 +36,7 @@ def read_config(source: str | Path | None, overrides: Sequence[str] = ()) -> dic
                 raise unknown("preset", str(source), [*presets(), "FILE.yaml"])
             file = presets()[str(source)]
         values = _read_yaml(file)
-    values = copy.deepcopy(values)
+    values = to_plain(values)  # anchors of the file become copies, so that an override changes one place
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 
+from sparse_robust.errors import FileError
 from sparse_robust.files import ensure_writable, read_json, write_json, write_text
 from sparse_robust.study import stages
 from sparse_robust.study.cells import Cell, FindCell, PretrainCell, cell_name, describe, study_cells
@@ -34,8 +35,8 @@ class Study:
     """A study and its folder: ``study.yaml``, ``study.json``, ``cells/<name>/{spec.yaml,result.json,log.jsonl}``,
     ``report/``."""
 
-    def __init__(self, config: StudyConfig, folder: str | Path) -> None:
-        self.config, self.folder = config, Path(folder)
+    def __init__(self, config: StudyConfig, folder: str | Path, *, trust_pickle: bool = False) -> None:
+        self.config, self.folder, self.trust_pickle = config, Path(folder), trust_pickle
         self.cells = study_cells(config)
 
     def cell_folder(self, cell: Cell) -> Path:
@@ -47,8 +48,15 @@ class Study:
         return self.cell_folder(cell) / RESULT
 
     def pending(self) -> list[Cell]:
-        """Return the cells that are still to be run."""
-        return [cell for cell in self.cells if not self.result_file(cell).exists()]
+        """Return the cells that are still to be run. Pre-trained weights with another evaluation are evaluated
+        again."""
+        return [cell for cell in self.cells if not self._is_done(cell)]
+
+    def _is_done(self, cell: Cell) -> bool:
+        file = self.result_file(cell)
+        if not file.exists():
+            return False
+        return not isinstance(cell, PretrainCell) or read_json(file).get("evaluation") == describe(cell.evaluation)
 
     def prepare(self, machine: dict[str, Any]) -> None:
         """Check the folder and write down what the study is.
@@ -71,18 +79,38 @@ class Study:
         progress: ProgressReporter,
         *,
         machine: dict[str, Any],
-        after_cell: Callable[[Cell], None] | None = None,
     ) -> None:
-        """Run what is not done yet. Kill it at any moment and call it again: it goes on from there."""
+        """Run what is not done yet. Kill it at any moment and call it again: it goes on from there.
+
+        Raises:
+            FileError: if the folder cannot be written, or another process is running this study.
+        """
+        lock = FileLock(self.folder / ".lock", timeout=0)
         if accelerator.is_main_process:
             self.prepare(machine)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise FileError(
+                    f"another process is running the study in {self.folder}. Wait for it, or choose another --out."
+                ) from error
+        try:
+            self._run(accelerator, progress)
+        finally:
+            lock.release()
+
+    def _run(self, accelerator: Accelerator, progress: ProgressReporter) -> None:
         accelerator.wait_for_everyone()
         context = Context(
-            accelerator=accelerator, progress=progress, workers=self.config.workers,
-            checkpoint_seconds=self.config.checkpoint_seconds, project=self.config.name,
+            accelerator=accelerator, progress=progress, workers=self.config.workers, project=self.config.name,
+            checkpoint_seconds=self.config.checkpoint_seconds, keep_weights=self.config.keep_weights,
+            eval_batch_size=self.config.evaluation.batch_size, trust_pickle=self.trust_pickle,
         )  # fmt: skip
         task = progress.task(self.config.name, len(self.cells))
         pending = self.pending()
+        for cell in self.cells:
+            if cell not in pending:  # left behind by a kill just after the result was written
+                context.on_main(partial(stages.remove_checkpoints, self.cell_folder(cell)))
         task.advance(len(self.cells) - len(pending))
         if len(pending) < len(self.cells):
             progress.say(
@@ -93,8 +121,6 @@ class Study:
             context.on_main(partial(self._finish, cell, result))
             progress.say(summary(result))
             task.advance()
-            if after_cell is not None:
-                after_cell(cell)
         task.close()
 
     def run_cell(self, cell: Cell, context: Context) -> dict[str, Any]:
@@ -125,7 +151,8 @@ class Study:
                 self._weights(cell.pretrain), ticket, cell.data, cell.recipe, cell.evaluation,
                 label=cell.slug.replace("-", " "), **shared,
             )  # fmt: skip
-        return {"kind": cell.kind, **labels, **row}
+        how = {"precision": context.accelerator.mixed_precision, "processes": context.accelerator.num_processes}
+        return {"kind": cell.kind, **labels, **row, **how}
 
     def _weights(self, cell: PretrainCell) -> Path:
         return self.cell_folder(cell) / stages.WEIGHTS

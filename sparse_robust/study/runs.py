@@ -12,7 +12,7 @@ import yaml
 
 from sparse_robust.data import DataSpec
 from sparse_robust.errors import UsageError
-from sparse_robust.files import canonical_json, ensure_writable, read_json, write_json, write_text
+from sparse_robust.files import canonical_json, ensure_writable, read_json, sha256_file, write_json, write_text
 from sparse_robust.models import ModelSpec, check_input_size, load_model, spec_of
 from sparse_robust.study import stages
 from sparse_robust.study.cells import describe
@@ -100,7 +100,7 @@ class TransferRun:
         ticket = Path(self.ticket) if self.ticket is not None else None
         return stages.transfer(
             Path(self.weights), ticket, self.data, self.recipe, self.evaluation,
-            seed=self.seed, folder=folder, context=context, label=folder.name, keep_weights=True,
+            seed=self.seed, folder=folder, context=context, label=folder.name,
         )  # fmt: skip
 
 
@@ -143,6 +143,12 @@ RUNS: dict[str, type[Run]] = {
 }
 
 
+def _inputs(run: Run) -> dict[str, str]:
+    """Return the sha256 of the files a run reads: the same path may hold something else tomorrow."""
+    paths = [getattr(run, name, None) for name in ("weights", "ticket", "checkpoint")]
+    return {path: sha256_file(path) for path in paths if path is not None and Path(path).is_file()}
+
+
 def run_name(run: Run) -> str:
     """Return a run's name: its verb and 8 digits of the sha256 of everything it was told."""
     verb = next(name for name, kind in RUNS.items() if isinstance(run, kind))
@@ -155,14 +161,15 @@ def execute(run: Run, folder: Path, context: Context) -> dict[str, Any]:
     Raises:
         UsageError: if the folder holds a run with another configuration.
     """
-    spec = {"kind": type(run).__name__, **to_plain(run)}
+    spec = {"kind": type(run).__name__, **to_plain(run), "inputs": _inputs(run)}
     recorded, result = folder / "spec.yaml", folder / "result.json"
     if recorded.exists():
         there = yaml.safe_load(recorded.read_text(encoding="utf-8"))
         if canonical_json(there) != canonical_json(spec):
             changed = sorted(key for key in {*there, *spec} if there.get(key) != spec.get(key))
             raise UsageError(
-                f"{folder} holds a run with another configuration (different: {', '.join(changed)}). "
+                f"{folder} holds a run with another configuration or other input files (different: "
+                f"{', '.join(changed)}). "
                 "Choose another --out, or delete that folder."
             )
         if result.exists():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch import nn
 from sparse_robust.data import Data, DataSpec, eval_loader, load_data
 from sparse_robust.errors import FileError, SparseRobustError, UsageError
 from sparse_robust.evaluation import Evaluation, evaluate
-from sparse_robust.files import atomic_write, sha256_state
+from sparse_robust.files import atomic_write, read_json, sha256_state, write_json
 from sparse_robust.masks import Masks, prunable_weights
 from sparse_robust.models import (
     ModelSpec,
     check_input_size,
     create_model,
+    head_names,
     import_weights,
     load_model,
     load_state,
@@ -41,6 +42,7 @@ from sparse_robust.training import Recipe, RunOptions, Trainer, TrainResult
 from sparse_robust.training.progress import SILENT, ProgressReporter
 
 WEIGHTS = "weights.safetensors"
+TRAINING = "training.json"
 EXAMPLES = "examples.safetensors"
 EXAMPLE_IMAGES = 8
 
@@ -51,6 +53,8 @@ class Context:
 
     Attributes:
         accelerator: devices and precision, shared by all runs of the process.
+        keep_weights: whether transfers leave their weights behind.
+        trust_pickle: whether checkpoints that need code to be unpickled may run it.
     """
 
     accelerator: Accelerator
@@ -58,20 +62,25 @@ class Context:
     checkpoint_seconds: float = 60.0
     workers: int = 0
     project: str = "sparse-robust"
-    _data: dict[DataSpec, Data] = field(default_factory=dict)
+    eval_batch_size: int = 500
+    keep_weights: bool = False
+    trust_pickle: bool = False
+    _data: tuple[DataSpec, Data] | None = None
 
     def data(self, spec: DataSpec) -> Data:
-        """Load a data set, once a process."""
-        if spec not in self._data:
-            self._data[spec] = load_data(spec)
-        return self._data[spec]
+        """Load a data set; the one used last is kept, so that a large one is not read for every cell."""
+        if self._data is None or self._data[0] != spec:
+            self._data = None
+            self._data = spec, load_data(spec)
+        return self._data[1]
 
     def train(
         self, model: nn.Module, data: Data, recipe: Recipe, *, seed: int, masks: Masks | None, folder: Path, name: str
     ) -> TrainResult:
         """Train ``model`` in place, resuming from ``folder``."""
         options = RunOptions(
-            folder=folder, checkpoint_seconds=self.checkpoint_seconds, workers=self.workers,
+            eval_batch_size=self.eval_batch_size, folder=folder, checkpoint_seconds=self.checkpoint_seconds,
+            workers=self.workers,
             progress=self.progress, name=name, project=self.project,
         )  # fmt: skip
         trainer = Trainer(model, data, recipe, seed=seed, masks=masks, accelerator=self.accelerator, options=options)
@@ -117,47 +126,54 @@ def pretrain(
 ) -> dict[str, Any]:
     """Make pre-trained weights in ``folder`` and evaluate them on the source task; returns the result row."""
     data = context.data(data_spec)
-    if config.checkpoint is not None:
-        model = network_for(spec.with_(pretrained=False), data, derive_seed("model", seed))
-        import_weights(model, load_state(config.checkpoint), source=config.checkpoint)
+    if (folder / TRAINING).exists():  # only the evaluation is another one
+        training, model = read_json(folder / TRAINING), load_model(folder / WEIGHTS)
     else:
-        pretrained = config.pretrained or spec.pretrained
-        model = network_for(spec.with_(pretrained=pretrained), data, derive_seed("model", seed))
-    result: dict[str, Any] = {"regime": None, "epochs": 0, "history": [], "stopped_by_guard": False}
-    seconds = 0.0
-    if config.recipe is not None:
-        trained = context.train(
-            model,
-            data,
-            config.recipe,
-            seed=derive_seed("pretrain", seed),
-            masks=None,
-            folder=folder,
-            name=f"pretrain {label}",
-        )
-        headline = trained.headline(config.recipe.regime != "standard")
-        model.load_state_dict(trained.selection.state(headline))
-        seconds = trained.seconds
-        result = {
-            "regime": config.recipe.regime,
-            "epochs": config.recipe.epochs,
-            "history": trained.history,
-            "stopped_by_guard": trained.stopped_by_guard,
-            "selected": {"rule": headline, **trained.selection.to_json()[headline]},
-        }
+        training, model = _trained(spec, data, config, seed, folder, context, label)
+        sha256 = sha256_state(model.state_dict())
+        provenance = {"label": label, "sha256": sha256, "data": data.digest, "seed": seed}
+        context.on_main(lambda: save_model(model, folder / WEIGHTS, extra=provenance))
+        context.on_main(lambda: write_json(folder / TRAINING, {**training, "sha256": sha256}))
+        training["sha256"] = sha256
     started = time.monotonic()
     measured = context.evaluate(model, data, evaluation)
-    sha256 = sha256_state(model.state_dict())
-    provenance = {"label": label, "sha256": sha256, "data": data.digest, "seed": seed}
-    context.on_main(lambda: save_model(model, folder / WEIGHTS, extra=provenance))
     return {
         "sa": measured.sa,
         "ra": measured.ra,
         "test_images": len(measured),
-        "sha256": sha256,
-        "seconds": seconds + time.monotonic() - started,
-        **result,
+        "evaluation": describe(evaluation),
+        **training,
+        "seconds": training["seconds"] + time.monotonic() - started,
     }
+
+
+def _trained(
+    spec: ModelSpec, data: Data, config: PretrainConfig, seed: int, folder: Path, context: Context, label: str
+) -> tuple[dict[str, Any], nn.Module]:
+    """Return the record of the training and the network with the weights to keep."""
+    if config.checkpoint is not None:
+        model = network_for(spec.with_(pretrained=False), data, derive_seed("model", seed))
+        state = load_state(config.checkpoint, trust_pickle=context.trust_pickle)
+        import_weights(model, state, source=config.checkpoint)
+    else:
+        pretrained = config.pretrained or spec.pretrained
+        model = network_for(spec.with_(pretrained=pretrained), data, derive_seed("model", seed))
+    if config.recipe is None:
+        return {"regime": None, "epochs": 0, "history": [], "stopped_by_guard": False, "seconds": 0.0}, model
+    trained = context.train(
+        model, data, config.recipe, seed=derive_seed("pretrain", seed), masks=None, folder=folder,
+        name=f"pretrain {label}",
+    )  # fmt: skip
+    headline = trained.headline(config.recipe.regime != "standard")
+    model.load_state_dict(trained.selection.state(headline))
+    return {
+        "regime": config.recipe.regime,
+        "epochs": config.recipe.epochs,
+        "history": trained.history,
+        "stopped_by_guard": trained.stopped_by_guard,
+        "selected": {"rule": headline, **trained.selection.to_json()[headline]},
+        "seconds": trained.seconds,
+    }, model
 
 
 def find(
@@ -182,9 +198,9 @@ def find(
     base_sha256 = sha256_state(model.state_dict())
     theta = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     done = _tickets_on_disk(folder, config.rounds, base_sha256)
+    context.accelerator.wait_for_everyone()  # all ranks have seen the same tickets before one of them writes more
     produced = dict(enumerate(done, start=1))
     rules: dict[str, Any] = {"stem": config.stem, "head": config.head, "exclude": config.exclude}
-    seconds = [0.0]
 
     def keep(k: int, masks: Masks) -> None:
         produced[k] = masks
@@ -200,7 +216,8 @@ def find(
             network, context.data(data_spec), config.recipe, seed=derive_seed("imp", seed, k), masks=masks,
             folder=folder / f"round-{k:02d}", name=f"find {label} round {k + 1}/{config.rounds}",
         )  # fmt: skip
-        seconds[0] += result.seconds
+        record = {"k": k, "seconds": result.seconds, "history": result.history}
+        context.on_main(lambda: write_json(folder / "rounds" / f"after-k{k:02d}.json", record))
 
     if config.method == "imp":
         for k, masks in imp(model, theta, train_round, rounds=config.rounds, rate=config.rate, done=done, **rules):
@@ -209,12 +226,14 @@ def find(
     else:
         for k in range(len(done) + 1, config.rounds + 1):
             keep(k, _one_cut(model, config, k, derive_seed("random-masks", seed, k), rules, like))
+    rounds = [read_json(file) for file in sorted((folder / "rounds").glob("after-k*.json"))]
     return {
         "method": config.method,
         "regime": config.recipe.regime if config.recipe is not None and config.method == "imp" else None,
         "base_sha256": base_sha256,
         "tickets": [_ticket_row(folder, k, masks) for k, masks in sorted(produced.items())],
-        "seconds": max(seconds[0], time.monotonic() - started),
+        "rounds": rounds,
+        "seconds": max(sum(record["seconds"] for record in rounds), time.monotonic() - started),
     }
 
 
@@ -276,23 +295,24 @@ def transfer(
     folder: Path,
     context: Context,
     label: str,
-    keep_weights: bool = False,
 ) -> dict[str, Any]:
     """Transfer a ticket (None: the dense network) from ``weights`` to a data set and evaluate it; returns the result
     row.
 
-    Training starts at the pre-trained values under the mask, with a new head; the mask stays as it is.
-    With ``keep_weights`` the headline weights go to ``folder``.
+    Training starts at the pre-trained values under the mask, with a new head; the mask stays as it is, and a new head
+    is
+    not masked.
     """
     data = context.data(data_spec)
     model = load_model(weights)
     base_sha256 = sha256_state(model.state_dict())
-    masks = None
+    masks = ticket_masks = None
     if ticket is not None:
         loaded = Ticket.load(ticket)
         loaded.require_base(base_sha256)
-        masks = loaded.masks
-        masks.apply_(model)
+        ticket_masks = loaded.masks
+        ticket_masks.apply_(model)
+        masks = ticket_masks.only([n for n in ticket_masks.names() if n not in head_names(model)])
     _fit_to(model, data, derive_seed("head", seed))
     trained = context.train(
         model, data, recipe, seed=derive_seed("transfer", data_spec.name, seed), masks=masks, folder=folder, name=label
@@ -313,11 +333,15 @@ def transfer(
     if masks is not None:
         _check_zeros(model, masks)
     _save_examples(model, data, evaluation, folder, context)
-    if keep_weights:
-        extra = {"label": label, "base_sha256": base_sha256, "mask_digest": masks.digest() if masks is not None else ""}
+    if context.keep_weights:
+        extra = {
+            "label": label,
+            "base_sha256": base_sha256,
+            "mask_digest": ticket_masks.digest() if ticket_masks is not None else "",
+        }
         context.on_main(lambda: save_model(model, folder / WEIGHTS, extra=extra))
     return {
-        "sparsity": 100 * masks.sparsity if masks is not None else 0.0,
+        "sparsity": 100 * ticket_masks.sparsity if ticket_masks is not None else 0.0,
         "trained_by": recipe.regime,
         "seed": seed,
         "sa": checkpoints[headline]["sa"],
@@ -328,8 +352,8 @@ def transfer(
         "train_images": len(data.train),
         "classes": list(data.classes),
         "test_images": len(measured[checkpoints[headline]["epoch"]]),
-        "mask_digest": masks.digest() if masks is not None else None,
-        "survivors": masks.count() if masks is not None else None,
+        "mask_digest": ticket_masks.digest() if ticket_masks is not None else None,
+        "survivors": ticket_masks.count() if ticket_masks is not None else None,
         "base_sha256": base_sha256,
         "stopped_by_guard": trained.stopped_by_guard,
         "history": trained.history,

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparse_robust.errors import FileError
 from sparse_robust.files import commit_folder, read_json, recover_folder, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -38,7 +40,12 @@ class Checkpoint:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
+        try:
+            accelerator.save_state(str(temporary))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise FileError(
+                f"cannot write the checkpoint {temporary}: {error}. The one before it is unchanged."
+            ) from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_json(temporary / PROGRESS, progress)

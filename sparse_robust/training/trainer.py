@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_robust.attacks import PGD, parse_eps
 from sparse_robust.data import Batch, Data, eval_loader, train_loader
-from sparse_robust.errors import SparseRobustError
+from sparse_robust.errors import SparseRobustError, UsageError
 from sparse_robust.evaluation import evaluate
 from sparse_robust.masks import Masks
 from sparse_robust.pruning import enforce
@@ -114,7 +114,7 @@ class Trainer:
         options: RunOptions | None = None,
     ) -> None:
         self.recipe, self.data, self.seed, self.masks = recipe, data, seed, masks
-        self.accelerator = accelerator or Accelerator()
+        self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=1)  # accumulation is ours
         self.options = options or RunOptions()
         model.to(self.accelerator.device)
         if masks is not None:
@@ -132,13 +132,13 @@ class Trainer:
         common = {"device": self.accelerator.device, "workers": self.options.workers, **shard}
         self.train_batches = train_loader(data, recipe.batch_size, seed=seed, **common)
         self.validation_batches = eval_loader(data.validation, self.options.eval_batch_size, **common)
-        self.guard_batch = eval_loader(data.train, recipe.batch_size, limit=recipe.batch_size, **common)
         self.updates_per_epoch = -(-len(self.train_batches) // recipe.accumulate)
         self.scheduler = RecipeScheduler(optimizer, recipe, self.updates_per_epoch)
         self.selection, self.history = Selection(), list[dict[str, Any]]()
-        self.guard = (
-            CatastrophicOverfittingGuard(recipe.guard_drop) if recipe.guard and recipe.regime == "fast" else None
-        )
+        self.guard: CatastrophicOverfittingGuard | None = None
+        if recipe.guard and recipe.regime == "fast":
+            self.guard = CatastrophicOverfittingGuard(recipe.guard_drop)
+            self.guard_batch = eval_loader(data.train, recipe.batch_size, limit=recipe.batch_size, **common)
         self.before_fall: State = {}
         self.epoch, self.step, self.seconds, self.stopped_by_guard = 0, 0, 0.0, False
         self.totals = self._no_totals()
@@ -207,7 +207,7 @@ class Trainer:
                 self.ema.update(self.inner, step=updates)
         seen = len(batch.y)
         correct = (logits.detach().argmax(1) == batch.y).sum()
-        self.totals += torch.stack([loss.detach().double() * seen, correct.double(), correct.new_tensor(seen).double()])
+        self.totals += torch.stack([loss.detach() * seen, correct, torch.full_like(correct, seen)]).to(self.totals)
 
     def _share(self, images: int) -> float:
         """Weight of this rank's mean loss, so that the average over ranks is the mean over the whole batch."""
@@ -219,23 +219,21 @@ class Trainer:
 
     def _no_totals(self) -> Tensor:
         """Sums of loss, correct predictions and images, kept on the device so that no step waits for them."""
-        return torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        return torch.zeros(3, dtype=dtype, device=self.accelerator.device)
 
     def _batches(self) -> Iterator[Batch]:
         return self.train_batches.epoch(self.epoch, start=self.step)
 
     def _end_epoch(self, task: Task) -> None:
+        self._share_buffers()
         last = self.epoch + 1 == self.recipe.epochs
         tripped = self._check_guard()
         if tripped:
             self.kept.load_state_dict(self.before_fall)
             self.stopped_by_guard = last = True
         totals = self._sum_over_ranks(self.totals.tolist())
-        if not math.isfinite(totals[0]):
-            raise TrainingError(
-                f"{self.options.name}: the training loss is not finite in epoch {self.epoch + 1}. Lower recipe.lr, "
-                "or set recipe.clip_grad; nothing after the last checkpoint was kept."
-            )
+        self._check_finite(totals[0])
         entry: dict[str, Any] = {
             "epoch": self.epoch,
             "train_loss": totals[0] / totals[2],
@@ -254,6 +252,20 @@ class Trainer:
         entry["seconds"] = round(self._elapsed(), 2)
         self.history.append(entry)
         self.log.epoch(entry)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{self.options.name}: the training loss is not finite in epoch {self.epoch + 1}. Lower recipe.lr, "
+                "or set recipe.clip_grad; nothing after the last checkpoint was kept."
+            )
+
+    def _share_buffers(self) -> None:
+        """Give all ranks the running statistics of rank 0: those are what is validated and kept."""
+        if self.accelerator.num_processes > 1:
+            for module in [self.inner, *([self.ema.module] if self.ema is not None else [])]:
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
 
     def _validates(self, last: bool) -> bool:
         if self.recipe.validate_every == 0 or len(self.data.validation) == 0:
@@ -277,7 +289,7 @@ class Trainer:
         if self.guard is None:
             return False
         attack = PGD(norm=self.recipe.norm, steps=GUARD_STEPS, step_size=parse_eps(self.recipe.eps) / 4, seed=self.seed)
-        result = evaluate(self.kept, self.guard_batch, [attack], self.recipe.radius)
+        result = evaluate(self.inner, self.guard_batch, [attack], self.recipe.radius)
         if self.guard.trips(result.robust):
             return True
         self.before_fall = {name: tensor.detach().cpu().clone() for name, tensor in self.kept.state_dict().items()}
@@ -307,7 +319,9 @@ class Trainer:
 
     def _save(self) -> None:
         assert self.checkpoint is not None
+        self._check_finite(float(self.totals[0]))
         progress = {
+            "identity": self._identity(),
             "epoch": self.epoch,
             "step": self.step,
             "totals": self.totals.tolist(),
@@ -331,6 +345,11 @@ class Trainer:
         if loaded is None:
             return
         progress, tensors = loaded
+        if progress["identity"] != self._identity():
+            raise UsageError(
+                f"the checkpoint in {self.options.folder} belongs to another run (recipe, seed, data or masks differ). "
+                "Choose another folder, or delete that one."
+            )
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.totals += self.totals.new_tensor(progress["totals"])
         self.history, self.seconds = progress["history"], progress["seconds"]
@@ -351,6 +370,11 @@ class Trainer:
         self.selection.restore(progress["chosen"], {int(at): state for at, state in groups.items()})
         self.scheduler.step_update(self._updates(self.step))
         self.log.rewrite(self.history)
+
+    def _identity(self) -> str:
+        """Return a digest of what this run is, which a checkpoint must agree with."""
+        masks = self.masks.digest() if self.masks is not None else ""
+        return str(derive_seed(self.recipe, self.seed, self.data.digest, masks))
 
     def _release(self) -> None:
         if self.enforcement is not None:

@@ -70,7 +70,9 @@ def test_starting_late_yields_the_rest_of_the_pass(data: Data) -> None:
 def test_ranks_share_the_batches_of_a_single_rank(data: Data, world: int) -> None:
     single = list(train_loader(data, 6, seed=1).epoch(1))
     ranks = [list(train_loader(data, 6, seed=1, rank=rank, world=world).epoch(1)) for rank in range(world)]
-    for step, whole in enumerate(single):
+    left_out = [batch for batch in single if len(batch.y) < 2 * world]
+    assert {len(steps) for steps in ranks} == {len(single) - len(left_out)}
+    for step, whole in enumerate(single[: len(ranks[0])]):
         for rank in range(world):
             assert equal(ranks[rank][step], Batch(*(tensor[rank::world] for tensor in whole)))
 
@@ -84,10 +86,12 @@ def test_an_image_is_augmented_alike_in_any_batch(data: Data) -> None:
 
 def test_the_short_batch_is_kept_dropped_or_left_out(small_data: Callable[..., Data]) -> None:
     data = small_data(31)  # 27 train
-    assert [len(b.y) for b in train_loader(data, 13, seed=0).epoch(0)] == [13, 13, 1]
-    assert [len(b.y) for b in train_loader(data, 13, seed=0, drop_last=True).epoch(0)] == [13, 13]
+    assert [len(b.y) for b in train_loader(data, 12, seed=0).epoch(0)] == [12, 12, 3]
+    assert [len(b.y) for b in train_loader(data, 12, seed=0, drop_last=True).epoch(0)] == [12, 12]
+    assert [len(b.y) for b in train_loader(data, 13, seed=0).epoch(0)] == [13, 13], "one image has no batch statistics"
+    assert [len(b.y) for b in train_loader(data, 1, seed=0).epoch(0)] == 27 * [1]
     for rank in range(2):
-        assert len(train_loader(data, 13, seed=0, rank=rank, world=2)) == 2, "no rank may be without an image"
+        assert len(train_loader(data, 12, seed=0, rank=rank, world=2)) == 2, "no rank may have a single image"
     with pytest.raises(UsageError, match=r"27 training images make no step of 64 on 1 ranks"):
         train_loader(data, 64, seed=0, drop_last=True)
 
