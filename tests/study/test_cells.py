@@ -87,7 +87,7 @@ def test_rename_of_the_study_keeps_its_cells() -> None:
         ),
         ("sedes=[0]", r"Did you mean 'seeds'"),
         ("pretrain.STD.recipe.lr=fast", "lr"),
-        ("targets.fashion.rounds={imp-st: [13]}", "transfers round 13 of imp-st, which has rounds 1..12"),
+        ("targets.fashion.rounds={imp-st: [17]}", "transfers round 17 of imp-st, which has rounds 1..16"),
         ("find.random.like=imp", "Did you mean 'imp-st'"),
         ("find.imp-st.method=lmp", "Did you mean 'imp'"),
         ("seeds=[1,1]", "twice"),
