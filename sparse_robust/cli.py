@@ -187,9 +187,9 @@ def study_report(options: argparse.Namespace) -> int:
 def single_run(options: argparse.Namespace) -> int:
     """Run one stage in one folder."""
     from sparse_robust.study.console import show_configuration
+    from sparse_robust.study.context import Context
     from sparse_robust.study.load import build, read_config
     from sparse_robust.study.runs import RUNS, execute, run_name
-    from sparse_robust.study.stages import Context
 
     run = build(RUNS[options.verb], read_config(options.config, options.overrides))
     folder = options.out or Path("runs") / run_name(run)

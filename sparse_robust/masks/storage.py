@@ -15,6 +15,7 @@ from sparse_robust.files import atomic_write, canonical_json
 
 FORMAT = "sparse_robust.masks"
 VERSION = "1"
+METADATA = "sparse_robust"
 
 Layer = tuple[str, tuple[int, ...], int]
 """Name, shape, number of kept weights."""
@@ -52,8 +53,9 @@ def parse(metadata: Mapping[str, str], source: str | Path) -> tuple[list[Layer],
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, atomically."""
-    content = save(dict(tensors), dict(metadata))
+    """Write a safetensors file, atomically. Equal tensors and metadata give equal bytes."""
+    # One key, because safetensors writes several in an order that changes from process to process.
+    content = save(dict(tensors), {METADATA: canonical_json(metadata)})
     atomic_write(path, lambda temporary: temporary.write_bytes(content) and None)
 
 
@@ -67,6 +69,14 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise FileError(f"{path} does not exist or is not a file.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = (file.metadata() or {}).get(METADATA, "{}")
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"{path} is not a whole safetensors file ({error}). Copy or make it again.") from error
+    try:
+        metadata = json.loads(stored)
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("a value is no text")
+    except (AttributeError, ValueError) as error:
+        raise FileError(f"{path} is damaged: its metadata cannot be read ({error}).") from error
+    return tensors, metadata

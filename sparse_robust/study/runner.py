@@ -14,9 +14,9 @@ from sparse_robust.files import ensure_writable, read_json, write_json, write_te
 from sparse_robust.study import stages
 from sparse_robust.study.cells import Cell, FindCell, PretrainCell, cell_name, describe, study_cells
 from sparse_robust.study.config import StudyConfig
+from sparse_robust.study.context import Context
 from sparse_robust.study.estimate import parameter_count
 from sparse_robust.study.load import to_plain
-from sparse_robust.study.stages import Context
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

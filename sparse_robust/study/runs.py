@@ -17,8 +17,8 @@ from sparse_robust.models import ModelSpec, check_input_size, load_model, spec_o
 from sparse_robust.study import stages
 from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
+from sparse_robust.study.context import Context
 from sparse_robust.study.load import to_plain
-from sparse_robust.study.stages import Context
 from sparse_robust.training import Recipe
 
 

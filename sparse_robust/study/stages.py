@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from sparse_robust.data import Data, DataSpec, eval_loader, load_data
+from sparse_robust.data import Data, DataSpec, eval_loader
 from sparse_robust.errors import FileError, SparseRobustError, UsageError
-from sparse_robust.evaluation import Evaluation, evaluate
+from sparse_robust.evaluation import Evaluation
 from sparse_robust.files import atomic_write, read_json, sha256_state, write_json
 from sparse_robust.masks import Masks, prunable_weights
 from sparse_robust.models import (
@@ -37,69 +34,14 @@ from sparse_robust.pruning import imp, prune, random_like, survivors
 from sparse_robust.seeding import derive_seed
 from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
+from sparse_robust.study.context import Context
 from sparse_robust.tickets import Ticket
-from sparse_robust.training import Recipe, RunOptions, Trainer, TrainResult
-from sparse_robust.training.progress import SILENT, ProgressReporter
+from sparse_robust.training import Recipe
 
 WEIGHTS = "weights.safetensors"
 TRAINING = "training.json"
 EXAMPLES = "examples.safetensors"
 EXAMPLE_IMAGES = 8
-
-
-@dataclass
-class Context:
-    """With what stages are run.
-
-    Attributes:
-        accelerator: devices and precision, shared by all runs of the process.
-        keep_weights: whether transfers leave their weights behind.
-        trust_pickle: whether checkpoints that need code to be unpickled may run it.
-    """
-
-    accelerator: Accelerator
-    progress: ProgressReporter = SILENT
-    checkpoint_seconds: float = 60.0
-    workers: int = 0
-    project: str = "sparse-robust"
-    eval_batch_size: int = 500
-    keep_weights: bool = False
-    trust_pickle: bool = False
-    _data: tuple[DataSpec, Data] | None = None
-
-    def data(self, spec: DataSpec) -> Data:
-        """Load a data set; the one used last is kept, so that a large one is not read for every cell."""
-        if self._data is None or self._data[0] != spec:
-            self._data = None
-            self._data = spec, load_data(spec)
-        return self._data[1]
-
-    def train(
-        self, model: nn.Module, data: Data, recipe: Recipe, *, seed: int, masks: Masks | None, folder: Path, name: str
-    ) -> TrainResult:
-        """Train ``model`` in place, resuming from ``folder``."""
-        options = RunOptions(
-            eval_batch_size=self.eval_batch_size, folder=folder, checkpoint_seconds=self.checkpoint_seconds,
-            workers=self.workers,
-            progress=self.progress, name=name, project=self.project,
-        )  # fmt: skip
-        trainer = Trainer(model, data, recipe, seed=seed, masks=masks, accelerator=self.accelerator, options=options)
-        return trainer.fit()
-
-    def evaluate(self, model: nn.Module, data: Data, how: EvaluationConfig) -> Evaluation:
-        """Measure SA and RA on the test images, in fp32, sharded over the ranks."""
-        accelerator = self.accelerator
-        loader = eval_loader(
-            data.test, how.batch_size, device=accelerator.device, workers=self.workers, limit=how.images,
-            rank=accelerator.process_index, world=accelerator.num_processes,
-        )  # fmt: skip
-        return evaluate(model.to(accelerator.device), loader, [how.attack()], how.radius)
-
-    def on_main(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on the main process while the others wait for it."""
-        if self.accelerator.is_main_process:
-            action()
-        self.accelerator.wait_for_everyone()
 
 
 def network_for(spec: ModelSpec, data: Data, seed: int) -> nn.Module:
