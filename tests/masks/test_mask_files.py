@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparse_robust.errors import FileError
 from sparse_robust.masks import Masks, prunable_weights
-from sparse_robust.masks.storage import read
+from sparse_robust.masks.storage import METADATA, read, write
 
 
 @given(st.lists(st.lists(st.integers(0, 6), max_size=4), min_size=1, max_size=5), st.integers(0, 2**31))
@@ -101,7 +101,7 @@ def test_damage_is_named_with_the_file(damage: str, path: Path) -> None:
     change, message = DAMAGE[damage]
     tensors, metadata = read(path)
     change(tensors, metadata)
-    save_file(tensors, path, metadata or None)
+    write(path, tensors, metadata)
     with pytest.raises(FileError, match=message) as caught:
         Masks.load(path)
     assert str(path) in str(caught.value)
@@ -138,3 +138,15 @@ def test_a_failed_save_leaves_the_old_file(path: Path, monkeypatch: pytest.Monke
         Masks.full({"w": torch.zeros(9)}).save(path)
     monkeypatch.undo()
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
+
+
+def test_equal_masks_are_equal_files(path: Path, tmp_path: Path) -> None:
+    Masks.load(path).save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("stored", ["[1]", "{", '{"format": 1}'])
+def test_metadata_of_another_kind_is_named(path: Path, stored: str) -> None:
+    save_file(read(path)[0], path, {METADATA: stored})
+    with pytest.raises(FileError, match="its metadata cannot be read"):
+        Masks.load(path)

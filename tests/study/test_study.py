@@ -16,7 +16,6 @@ import yaml
 
 from sparse_robust.cli import main
 from sparse_robust.files import sha256_state
-from sparse_robust.masks import Masks
 from sparse_robust.models import load_model
 from sparse_robust.pruning import prune, survivors
 from sparse_robust.tickets import Ticket
@@ -198,7 +197,7 @@ def test_killed_at_five_random_moments_it_ends_the_same(finished: Path, tmp_path
         name: without_timings(row) for name, row in rows(finished).items()
     }
     for ticket in finished.glob("cells/*/tickets/*.safetensors"):
-        assert Masks.load(out / ticket.relative_to(finished)) == Masks.load(ticket)
+        assert (out / ticket.relative_to(finished)).read_bytes() == ticket.read_bytes()
     mine, theirs = (json.loads((folder / "report" / "report.json").read_text()) for folder in (out, finished))
     for report in (mine, theirs):  # how long it took is the one thing that may differ
         del report["time"]
