@@ -189,7 +189,7 @@ def single_run(options: argparse.Namespace) -> int:
     from sparse_robust.study.console import show_configuration
     from sparse_robust.study.context import Context
     from sparse_robust.study.load import build, read_config
-    from sparse_robust.study.runs import RUNS, execute, run_name
+    from sparse_robust.study.runs import RUNS, execute, outcome, run_name
 
     run = build(RUNS[options.verb], read_config(options.config, options.overrides))
     folder = options.out or Path("runs") / run_name(run)
@@ -204,8 +204,7 @@ def single_run(options: argparse.Namespace) -> int:
         row = execute(run, folder, context)
         main_process = accelerator.is_main_process
     if main_process:
-        numbers = "  ".join(f"{name.upper()} {row[name]:.2f} %" for name in ("sa", "ra") if name in row)
-        sys.stdout.write(f"{folder}: {numbers or str(len(row['tickets'])) + ' tickets'}\n")
+        sys.stdout.write(f"{folder}: {outcome(run, row)}\n")
     return 0
 
 

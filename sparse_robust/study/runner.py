@@ -113,9 +113,9 @@ class Study:
                 context.on_main(partial(stages.remove_checkpoints, self.cell_folder(cell)))
         task.advance(len(self.cells) - len(pending))
         if len(pending) < len(self.cells):
-            progress.say(
-                f"{len(self.cells) - len(pending)} of {len(self.cells)} cells are done already; going on with the rest."
-            )
+            done = len(self.cells) - len(pending)
+            rest = "going on with the rest" if pending else "nothing is left to run"
+            progress.say(f"{done} of {len(self.cells)} cells are done already; {rest}.")
         for cell in pending:
             result = self.run_cell(cell, context)
             context.on_main(partial(self._finish, cell, result))

@@ -143,6 +143,17 @@ RUNS: dict[str, type[Run]] = {
 }
 
 
+def outcome(run: Run, row: dict[str, Any]) -> str:
+    """Return a run's result in a line: what was found, or the accuracies and the attack they are under."""
+    if isinstance(run, FindRun):
+        return f"{len(row['tickets'])} tickets, up to {row['tickets'][-1]['sparsity']:.2f} % sparse"
+    how = run.evaluation
+    attack = f"PGD-{how.steps}, {how.norm} eps {how.eps}" + (
+        f", {how.n_restarts} restarts" if how.n_restarts > 1 else ""
+    )
+    return f"SA {row['sa']:.2f} %  RA {row['ra']:.2f} %  ({attack}; {row['test_images']} test images)"
+
+
 def _inputs(run: Run) -> dict[str, str]:
     """Return the sha256 of the files a run reads: the same path may hold something else tomorrow."""
     paths = [getattr(run, name, None) for name in ("weights", "ticket", "checkpoint")]
