@@ -66,6 +66,8 @@ class Study:
         """
         ensure_writable(self.folder, need_bytes=self._disk_bytes())
         plain = to_plain(self.config)
+        if not self.pending() and (self.folder / STUDY).exists():
+            machine = read_json(self.folder / STUDY)["machine"]  # the one that the results come from
         write_text(self.folder / "study.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
         names = [cell_name(cell) for cell in self.cells]
         write_json(

@@ -156,6 +156,15 @@ def test_running_again_does_nothing(finished: Path, tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in finished.glob("cells/*/*") if file.is_file()} == before
 
 
+def test_a_finished_study_keeps_the_machine_its_results_come_from(finished: Path, tmp_path: Path) -> None:
+    file = finished / "study.json"
+    study = json.loads(file.read_text())
+    file.write_text(json.dumps({**study, "machine": {**study["machine"], "cpu": "another"}}))
+    assert main(["study", "run", "--config", str(write_mini(tmp_path)), "--out", str(finished), "--quiet"]) == 0
+    assert json.loads(file.read_text())["machine"]["cpu"] == "another"
+    file.write_text(json.dumps(study))
+
+
 @pytest.mark.slow
 @pytest.mark.acceptance("double-win", "A-37", "A-41")
 def test_killed_at_five_random_moments_it_ends_the_same(finished: Path, tmp_path: Path) -> None:
