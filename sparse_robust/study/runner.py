@@ -59,12 +59,7 @@ class Study:
         return not isinstance(cell, PretrainCell) or read_json(file).get("evaluation") == describe(cell.evaluation)
 
     def prepare(self, machine: dict[str, Any]) -> None:
-        """Check the folder and write down what the study is.
-
-        Raises:
-            FileError: if the folder cannot be written or too little space is left.
-        """
-        ensure_writable(self.folder, need_bytes=self._disk_bytes())
+        """Write down what the study is."""
         plain = to_plain(self.config)
         if not self.pending() and (self.folder / STUDY).exists():
             machine = read_json(self.folder / STUDY)["machine"]  # the one that the results come from
@@ -85,17 +80,18 @@ class Study:
         """Run what is not done yet. Kill it at any moment and call it again: it goes on from there.
 
         Raises:
-            FileError: if the folder cannot be written, or another process is running this study.
+            FileError: if the folder cannot be written, too little space is left, or another process runs this study.
         """
         lock = FileLock(self.folder / ".lock", timeout=0)
         if accelerator.is_main_process:
-            self.prepare(machine)
+            ensure_writable(self.folder, need_bytes=self._disk_bytes())
             try:
                 lock.acquire()
             except Timeout as error:
                 raise FileError(
                     f"another process is running the study in {self.folder}. Wait for it, or choose another --out."
                 ) from error
+            self.prepare(machine)
         try:
             self._run(accelerator, progress)
         finally:

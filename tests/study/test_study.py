@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from sparse_robust.cli import main
 from sparse_robust.files import sha256_state
@@ -154,6 +155,12 @@ def test_running_again_does_nothing(finished: Path, tmp_path: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in finished.glob("cells/*/*") if file.is_file()}
     assert main(["study", "run", "--config", str(write_mini(tmp_path)), "--out", str(finished), "--quiet"]) == 0
     assert {file: file.stat().st_mtime_ns for file in finished.glob("cells/*/*") if file.is_file()} == before
+
+
+def test_two_processes_cannot_run_one_study(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FileLock(finished / ".lock"):
+        assert main(["study", "run", "--config", str(write_mini(tmp_path)), "--out", str(finished), "--quiet"]) == 1
+    assert "another process is running the study" in capsys.readouterr().err
 
 
 def test_a_finished_study_keeps_the_machine_its_results_come_from(finished: Path, tmp_path: Path) -> None:
