@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,3 +259,29 @@ def test_transfer_starts_from_the_pretrained_values(
     kept = load_model(tmp_path / "run" / "weights.safetensors").state_dict()
     assert all((kept[name][~masks[name]] == 0).all() for name in masks)
     assert sha256_state(kept) != sha256_state(state)
+
+
+@pytest.mark.slow
+def test_another_evaluation_trains_and_prunes_nothing_anew(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    kept = [*out.glob("cells/pretrain-*/weights.safetensors"), *out.glob("cells/find-*/result.json")]
+    before = {file: file.stat().st_mtime_ns for file in kept}
+    command = [
+        "study",
+        "run",
+        "--config",
+        str(write_mini(tmp_path)),
+        "--out",
+        str(out),
+        "--quiet",
+        "evaluation.images=30",
+    ]
+    assert main(command) == 0
+    assert kept and {file: file.stat().st_mtime_ns for file in kept} == before
+    assert {row["test_images"] for row in of_kind(out, "pretrain")} == {30}
+    theirs = {row["theta"]: row["history"] for row in of_kind(finished, "pretrain")}
+    assert {row["theta"]: row["history"] for row in of_kind(out, "pretrain")} == theirs
+    listed = json.loads((out / "study.json").read_text())["cells"]
+    transfers = [row for name, row in rows(out).items() if name in listed and row["kind"] == "transfer"]
+    assert transfers and {row["test_images"] for row in transfers} == {30}
