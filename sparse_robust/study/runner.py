@@ -161,10 +161,6 @@ class Study:
         write_json(folder / RESULT, {"cell": cell_name(cell), **result})
         stages.remove_checkpoints(folder)
 
-    def results(self) -> list[dict[str, Any]]:
-        """Return the results of the cells that are done."""
-        return [read_json(self.result_file(cell)) for cell in self.cells if self.result_file(cell).exists()]
-
     def _disk_bytes(self) -> int:
         weights = 4 * parameter_count(self.config)
         return weights * (len(self.config.pretrain) + 8) + 60_000 * len(self.cells)

@@ -45,8 +45,7 @@ EXAMPLE_IMAGES = 8
 
 
 def network_for(spec: ModelSpec, data: Data, seed: int) -> nn.Module:
-    """Create a network for a data set: its channels, classes and statistics; refuses images that are too small for
-    it."""
+    """Create a network with the channels, classes and statistics of a data set, whose images must be large enough."""
     model = create_model(
         spec.name, num_classes=data.num_classes, in_chans=data.in_chans, stem=spec.stem, pretrained=spec.pretrained,
         mean=data.mean, std=data.std, seed=seed, **dict(spec.kwargs),
@@ -131,9 +130,8 @@ def find(
 ) -> dict[str, Any]:
     """Draw the tickets of all rounds from ``weights`` into ``folder/tickets``; returns the result row.
 
-    Finished tickets are kept, so an interrupted search goes on with the round it was in. ``like`` is the folder of
-    the search
-    whose per-layer counts a random finder copies.
+    Finished tickets are kept, so an interrupted search goes on with the round it was in. ``like`` is the folder of the
+    search whose per-layer counts a random finder copies.
     """
     started = time.monotonic()
     model = load_model(weights)
@@ -218,9 +216,8 @@ def _tickets_on_disk(folder: Path, rounds: int, base_sha256: str) -> list[Masks]
         ticket = Ticket.load(ticket_file(folder, k))
         if ticket.base_sha256 != base_sha256:
             raise FileError(
-                f"{ticket_file(folder, k)} was drawn from other pre-trained weights "
-                f"({ticket.base_sha256[:12]}...) than those "
-                f"this study has ({base_sha256[:12]}...). Delete {folder} to have the tickets found again."
+                f"{ticket_file(folder, k)} was drawn from other weights ({ticket.base_sha256[:12]}...) than "
+                f"those this run has ({base_sha256[:12]}...). Delete {folder} to have the tickets found again."
             )
         found.append(ticket.masks)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_robust.attacks import Budget, parse_eps
@@ -123,10 +123,6 @@ class Recipe:
             mode=self.attack_mode,
             label_smoothing=self.label_smoothing,
         )
-
-    def with_(self, **changes: Any) -> Recipe:
-        """Return a copy with some fields changed."""
-        return replace(self, **changes)
 
 
 def _sorted_points(points: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
