@@ -11,7 +11,7 @@ from sparse_robust_kernels.rng import reference as _reference  # noqa: F401  (re
 __all__ = ["philox_uniform"]
 
 
-def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int, backend: str = "auto") -> Tensor:
+def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor, backend: str = "auto") -> Tensor:
     """Return uniform numbers in [0, 1) for each sample: float32 ``[n, numel]``, multiples of 2**-24.
 
     Philox4x32-10 with counter words (element // 4, stream, low and high half of the id) and the two halves of the key;
@@ -22,7 +22,8 @@ def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int, backend: s
         ids: int64 ``[n]``, sample ids.
         numel: numbers a sample, 0 or more.
         key: 64 bits; usually derived from a seed and a purpose.
-        stream: 32 bits; tells the draws for one purpose apart (restart, step).
+        stream: 32 bits; tells the draws for one purpose apart (restart, step). One number for all samples, or int64
+            ``[n]``, one for each.
 
     Raises:
         ValueError: if an argument is not of that kind.
@@ -31,7 +32,14 @@ def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int, backend: s
         raise ValueError(f"ids must be int64 [n], got {ids.dtype} {tuple(ids.shape)}")
     if not 0 <= numel <= 2**34:
         raise ValueError(f"numel must be in 0..2**34, got {numel}")
-    if not 0 <= key < 2**64 or not 0 <= stream < 2**32:
-        raise ValueError(f"key takes 64 and stream 32 bits, got {key} and {stream}")
+    if not 0 <= key < 2**64:
+        raise ValueError(f"key takes 64 bits, got {key}")
+    if isinstance(stream, Tensor):
+        if stream.dtype != torch.int64 or stream.shape != ids.shape or stream.device != ids.device:
+            raise ValueError(
+                f"stream must be int64 {tuple(ids.shape)} beside ids, got {stream.dtype} on {stream.device}"
+            )
+    elif not 0 <= stream < 2**32:
+        raise ValueError(f"stream takes 32 bits, got {stream}")
     generated: Tensor = resolve("rng.philox_uniform", backend, ids.device)(ids, numel, key=key, stream=stream)
     return generated

@@ -32,17 +32,18 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 @register("rng.philox_uniform", "reference")
-def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int) -> Tensor:
+def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor) -> Tensor:
     """See `sparse_robust_kernels.rng.philox_uniform`."""
     blocks = torch.arange(-(-numel // 4), device=ids.device).unsqueeze(0)
     rows = max(1, CHUNK // max(1, blocks.numel()))
-    parts = [_rows(part, blocks, numel, key, stream) for part in ids.split(rows)]
+    streams = (stream if isinstance(stream, Tensor) else torch.full_like(ids, stream)) & WORD
+    parts = [_rows(*part, blocks, numel, key) for part in zip(ids.split(rows), streams.split(rows), strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _rows(ids: Tensor, blocks: Tensor, numel: int, key: int, stream: int) -> Tensor:
+def _rows(ids: Tensor, streams: Tensor, blocks: Tensor, numel: int, key: int) -> Tensor:
     low, high = (ids & WORD).unsqueeze(1), ((ids >> 32) & WORD).unsqueeze(1)
-    words = philox((blocks, torch.full_like(blocks, stream), low, high), (key & WORD, key >> 32))
+    words = philox((blocks, streams.unsqueeze(1), low, high), (key & WORD, key >> 32))
     shape = (len(ids), blocks.shape[1])
     lanes = torch.stack([word.expand(shape) for word in words], dim=2).flatten(1)[:, :numel]
     return (lanes >> 8).to(torch.float32) * 2.0**-24
