@@ -12,8 +12,10 @@ from torch import Tensor
 from sparse_robust.attacks.norms import NORMS, largest_not_above
 from sparse_robust.errors import UsageError, unknown
 
-# An L2 radius up to this is almost surely an Linf one; common L2 radii start at 0.14 (36/255).
-_SMALL_FOR_L2 = 0.1
+# A radius up to this, in widths of the box, was almost surely meant for another norm. Common L2 radii start at 0.14
+# (36/255). Common L1 radii start at 5, and common L2 ones mostly end at 1: less than one pixel from black to white.
+_SMALL = {"L2": 0.1, "L1": 1.0}
+_COMMON = {"L2": "0.5 to 3", "L1": "5 to 255"}
 
 
 def parse_eps(value: str | float, norm: str | None = None, width: float = 1.0) -> float:
@@ -55,10 +57,10 @@ class Budget:
     """The set {x' : norm(x' - x) <= eps, lo <= x' <= hi} around every image x of a batch.
 
     In Linf it is the interval [max(x - eps, lo), min(x + eps, hi)], with bounds computed in the precision of x; in L2
-    the points whose norm, as `measure` computes it, is at most eps. Both hold exactly for what `project` returns.
+    and L1 the points whose norm, as `measure` computes it, is at most eps. All hold exactly for what `project` returns.
 
     Attributes:
-        norm: ``Linf`` or ``L2``.
+        norm: ``Linf``, ``L2`` or ``L1``.
         eps: radius, in units of the images; text such as ``8/255`` is read. It has to be given.
         lo, hi: the box; images lie in it.
     """
@@ -74,10 +76,10 @@ class Budget:
         if not self.lo < self.hi:
             raise UsageError(f"the box needs lo < hi, got [{self.lo}, {self.hi}].")
         object.__setattr__(self, "eps", parse_eps(self.eps, self.norm, self.hi - self.lo))
-        if self.norm == "L2" and 0 < self.eps <= _SMALL_FOR_L2 * (self.hi - self.lo):
+        if 0 < self.eps <= _SMALL.get(self.norm, 0.0) * (self.hi - self.lo):
             warnings.warn(
-                f"an L2 eps of {self.eps:.4g} has the size of an Linf one: it bounds the length of the whole "
-                "perturbation, not of each pixel. Common L2 radii are 0.5 to 3.",
+                f"an {self.norm} eps of {self.eps:.4g} has the size of another norm's: it bounds the length of the "
+                f"whole perturbation, not of each pixel. Common {self.norm} radii are {_COMMON[self.norm]}.",
                 stacklevel=3,
             )
 
@@ -86,7 +88,7 @@ class Budget:
         return x.flatten(1).shape[1] + NORMS[self.norm].spare
 
     def start(self, x: Tensor, uniform: Tensor) -> Tensor:
-        """Return a random point of the ball around each image, clipped to the box.
+        """Return a random point of the ball around each image, uniform but for what the box cuts off; inside both.
 
         Args:
             x: images [n, ...], float32 or float64.
@@ -97,12 +99,16 @@ class Budget:
     def step(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:
         """Return x_adv moved by step_size along the steepest ascent of the norm, back inside ball and box.
 
-        The gradient's sign in Linf, its direction in L2. Zero and NaN gradients move nothing.
+        The gradient's sign in Linf, its direction in L2, the signs of its largest elements in L1 (see `l1_step`). Zero
+        and NaN gradients move nothing.
         """
         return NORMS[self.norm].step(x_adv, x, grad, step_size=step_size, eps=self.eps, lo=self.lo, hi=self.hi)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Return the nearest images inside ball and box, exactly; what is inside comes back bit for bit."""
+        """Return the nearest images inside ball and box, exactly; what is inside comes back bit for bit.
+
+        In L2 they are the nearest to the images as clipped to the box: what is in the box is projected along a line.
+        """
         return NORMS[self.norm].project(x_adv, x, eps=self.eps, lo=self.lo, hi=self.hi)
 
     def measure(self, x_adv: Tensor, x: Tensor) -> Tensor:

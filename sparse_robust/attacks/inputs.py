@@ -7,10 +7,15 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_robust.attacks.budget import Budget
 from sparse_robust.errors import UsageError
+
+NO_GRADIENT = (
+    "the model's output has no gradient with respect to its input: does it detach, round-trip through NumPy or compute "
+    "under torch.no_grad()? A gradient attack on it would only return noise."
+)
 
 
 class Inputs(NamedTuple):
@@ -20,7 +25,7 @@ class Inputs(NamedTuple):
     y: Tensor
     ids: Tensor
 
-    def select(self, index: Tensor) -> Inputs:
+    def select(self, index: Tensor | slice) -> Inputs:
         """Return the samples at ``index``."""
         return Inputs(self.x[index], self.y[index], self.ids[index])
 
@@ -76,10 +81,7 @@ def check_logits(logits: Tensor, count: int, *, needs_grad: bool = False) -> Ten
             f"a model returns logits [n, classes] with 2 classes or more, here n = {count}; got {_describe(logits)}."
         )
     if needs_grad and not logits.requires_grad:
-        raise UsageError(
-            "the model's output has no gradient with respect to its input: does it detach, round-trip through NumPy or "
-            "compute under torch.no_grad()? A gradient attack on it would only return noise."
-        )
+        raise UsageError(NO_GRADIENT)
     return logits
 
 
@@ -89,6 +91,27 @@ def check_labels(y: Tensor, logits: Tensor) -> None:
         raise UsageError(
             f"labels must be in 0..{logits.shape[1] - 1} for a model with {logits.shape[1]} outputs, got values from "
             f"{int(y.min())} to {int(y.max())}."
+        )
+
+
+def check_device(model: object, x: Tensor) -> None:
+    """Raise UsageError if a module's parameters are on another device than the images."""
+    if not isinstance(model, nn.Module):
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device != x.device:
+            raise UsageError(f"the model is on {tensor.device}, but the images on {x.device}; move one of them.")
+        return
+
+
+def check_no_nan(logits: Tensor, ids: Tensor) -> None:
+    """Raise UsageError if the answer to any unattacked image is NaN. Reads values back."""
+    broken = logits.isnan().any(1)
+    if bool(broken.any()):
+        raise UsageError(
+            f"the model returns NaN for {int(broken.sum())} of {len(ids)} unattacked images (sample ids "
+            f"{list(map(int, ids[broken][:5]))}): a verdict on it would mean nothing. Look for an overflow, a division "
+            "by zero or untrained statistics in it."
         )
 
 

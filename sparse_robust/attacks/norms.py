@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sparse_robust.attacks.l1 import L1_START_SPARE, l1_norm, l1_start, l1_step, project_l1_box
 from sparse_robust_kernels.pgd_step import (
     L2_START_SPARE,
     l2_start,
@@ -26,7 +28,7 @@ class Norm:
     """What a `Budget` delegates to. Images are [n, ...], ``eps``, ``lo`` and ``hi`` are keyword arguments.
 
     Attributes:
-        start: (x, uniform [n, numel + spare]) -> images.
+        start: (x, uniform [n, numel + spare]) -> images, exactly inside.
         step: (x_adv, x, grad, step_size) -> images.
         project: (x_adv, x) -> images, exactly inside.
         measure: perturbation [n, ...] -> its norm [n].
@@ -41,9 +43,11 @@ class Norm:
 
 
 def largest_not_above(value: float, dtype: torch.dtype) -> float:
-    """Return the largest number of a floating-point type that is not above ``value``."""
-    rounded = torch.tensor(value, dtype=dtype, device="cpu")
-    return float(rounded if float(rounded) <= value else torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)))
+    """Return the largest number of float32 or float64 that is not above ``value``."""
+    if dtype == torch.float64:
+        return value
+    rounded = np.float32(value)
+    return float(rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(-np.inf)))
 
 
 def _linf_norm(delta: Tensor) -> Tensor:
@@ -55,7 +59,8 @@ def _l2_norm(delta: Tensor) -> Tensor:
 
 
 def _l2_start(x: Tensor, uniform: Tensor, *, eps: float, lo: float, hi: float) -> Tensor:
-    return l2_start(x, uniform, eps=eps * (1 - L2_ROOM), lo=lo, hi=hi)
+    start = l2_start(x, uniform, eps=eps * (1 - L2_ROOM), lo=lo, hi=hi)
+    return _l2_project(start, x, eps=eps, lo=lo, hi=hi)
 
 
 def _l2_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, step_size: float, eps: float, lo: float, hi: float) -> Tensor:
@@ -63,7 +68,7 @@ def _l2_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, step_size: float, eps: f
 
 
 def _l2_project(x_adv: Tensor, x: Tensor, *, eps: float, lo: float, hi: float) -> Tensor:
-    """Return the nearest points whose measured norm is at most eps; points inside come back bit for bit.
+    """Clip to the box, then return the nearest points of the ball; points inside come back bit for bit.
 
     Each perturbation that is too long is scaled and added with rounding towards x, so that no element is longer than
     its scaled value and the measured norm, which is monotone in the elements, not above that of the scaled
@@ -74,7 +79,9 @@ def _l2_project(x_adv: Tensor, x: Tensor, *, eps: float, lo: float, hi: float) -
     for room in (L2_ROOM, 2.0**-9, 0.5):
         delta = x_adv - x
         norm = _l2_norm(delta).view(-1, *[1] * (x.dim() - 1))
-        scaled = delta * (eps * (1 - room) / norm)
+        if x.device.type == "cpu" and not (norm > limit).numpy().any():  # as after nearly every step; nothing waits
+            break
+        scaled = delta * (eps * (1 - room) / norm).nan_to_num(0.0, posinf=0.0)  # norms below 3e-39 have no inverse
         shorter = x + scaled
         outward = (shorter - x).abs() > scaled.abs()
         shorter = torch.where(outward, torch.nextafter(shorter, x), shorter)
@@ -85,4 +92,5 @@ def _l2_project(x_adv: Tensor, x: Tensor, *, eps: float, lo: float, hi: float) -
 NORMS: dict[str, Norm] = {
     "Linf": Norm(linf_start, linf_step, linf_project, _linf_norm),
     "L2": Norm(_l2_start, _l2_step, _l2_project, _l2_norm, spare=L2_START_SPARE),
+    "L1": Norm(l1_start, l1_step, project_l1_box, l1_norm, spare=L1_START_SPARE),
 }

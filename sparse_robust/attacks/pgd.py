@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
 
+from sparse_robust.attacks.base import EngineAttack
 from sparse_robust.attacks.budget import Budget, parse_eps
 from sparse_robust.attacks.context import MODES, Model, attack_context
-from sparse_robust.attacks.inputs import Inputs, prepare, recording
-from sparse_robust.attacks.loop import GradientOracle, Seen, ascend, is_fooled
-from sparse_robust.attacks.losses import LOSSES
+from sparse_robust.attacks.engine import KEEP
+from sparse_robust.attacks.inputs import check_labels, prepare, recording
+from sparse_robust.attacks.losses import LOSSES, kl
 from sparse_robust.attacks.norms import NORMS
-from sparse_robust.attacks.result import AttackResult, Counts
+from sparse_robust.attacks.passes import differentiate, full_precision
+from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, noise, per_row
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.seeding import derive_seed
-from sparse_robust_kernels.rng import philox_uniform
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD:
+class PGD(EngineAttack):
     """Projected gradient descent (Madry et al., Towards deep learning models resistant to adversarial attacks, 2018).
 
-    Untargeted: from x, or a random point of the ball, ``steps`` steps up the loss, each projected back into ball and
-    box; the last iterate counts. The noise of an image is a function of (seed, its id, restart, element) alone, so
-    batch size, order and rank do not matter.
+    From x, or a random point of the ball, ``steps`` steps up the loss, each projected back into ball and box. The noise
+    of an image is a function of (seed, its id, restart, element) alone, so batch size, order and rank do not matter.
 
     Attributes:
-        norm: ``Linf`` (steps along the gradient's sign) or ``L2`` (along its direction).
+        norm: ``Linf`` (steps along the gradient's sign), ``L2`` (along its direction) or ``L1`` (along the signs of its
+            largest elements).
         steps: 0 or more.
         step_size: a number or text such as ``2/255``; None means 2.5 * eps / steps.
-        n_restarts: random starts; for each image the first that fools the model counts, else the last.
-        random_start: start at a uniform point of the ball instead of x.
-        loss: ``ce`` (cross-entropy) or ``cw`` (margin of Carlini and Wagner).
+        alpha: another name for step_size.
+        n_restarts: random starts.
+        random_start: start at a random point of the ball instead of x.
+        loss: ``ce`` (cross-entropy), ``cw`` (margin of Carlini and Wagner), ``dlr`` (difference of logits ratio), or
+            ``kl`` (divergence from the prediction on x, as in TRADES).
+        momentum: share of the past directions in the next one (Dong et al., Boosting adversarial attacks with momentum,
+            2018); 0 is plain PGD.
+        targeted: labels are the classes to reach, and the loss is descended.
+        keep: in `run` and in evaluations: ``first``, an image is done as soon as one iterate fools the model, or
+            ``last``, the last iterate of a restart counts, as in the published protocol.
+        eot_iter: passes that each gradient averages (expectation over transformation), for stochastic models.
         seed: any integer; 0 is a seed like any other.
         mode: what batch norm does while crafting: ``eval``, ``train`` or ``train_frozen``; see `attack_context`.
     """
@@ -44,68 +53,76 @@ class PGD:
     n_restarts: int = 1
     random_start: bool = True
     loss: str = "ce"
+    momentum: float = 0.0
+    targeted: bool = False
+    keep: str = "first"
+    eot_iter: int = 1
     seed: int = 0
     mode: str = "eval"
+    alpha: InitVar[str | float | None] = None
 
-    def __post_init__(self) -> None:
-        for kind, value, known in (("norm", self.norm, NORMS), ("loss", self.loss, LOSSES), ("mode", self.mode, MODES)):
+    def __post_init__(self, alpha: str | float | None) -> None:
+        losses = (*LOSSES, "kl")
+        for kind, value, known in (
+            ("norm", self.norm, NORMS), ("loss", self.loss, losses), ("mode", self.mode, MODES),
+            ("keep", self.keep, {"first": KEEP["first"], "last": KEEP["last"]}),
+        ):  # fmt: skip
             if value not in known:
                 raise unknown(f"attack {kind}", value, known)
-        for name, least in (("steps", 0), ("n_restarts", 1)):
+        for name, least in (("steps", 0), ("n_restarts", 1), ("eot_iter", 1)):
             count = getattr(self, name)
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise UsageError(f"{name} must be an integer of at least {least}, got {count!r}.")
         if self.n_restarts > 1 and not self.random_start:
             raise UsageError(f"{self.n_restarts} restarts without a random start repeat one attack; set random_start.")
+        if not self.momentum >= 0:
+            raise UsageError(f"momentum must be 0 or more, got {self.momentum!r}.")
+        if self.loss == "kl" and (self.targeted or not self.random_start):
+            raise UsageError(
+                "loss 'kl' is the divergence from the prediction on the clean image: it has no target, and no gradient "
+                "there, so it needs a random start."
+            )
+        if alpha is not None:
+            if self.step_size is not None and alpha != self.step_size:
+                raise UsageError(f"alpha is another name for step_size, got both: {alpha!r} and {self.step_size!r}.")
+            object.__setattr__(self, "step_size", alpha)
         if self.step_size is not None:
             parse_eps(self.step_size)
 
+    @property
+    def name(self) -> str:
+        """Name in tables and files: pgd-20, or pgd-20x10 with ten restarts."""
+        return f"pgd-{self.steps}" + (f"x{self.n_restarts}" if self.n_restarts > 1 else "")
+
+    @property
+    def aimed(self) -> bool:
+        """Whether the labels given are classes to reach, not to leave."""
+        return self.targeted
+
+    def passes(self, classes: int) -> float:
+        """Return what an image that withstands the attack costs, in forward passes; a gradient counts as two more."""
+        return self.n_restarts * (3 * self.steps + 1) * self.eot_iter
+
+    def prepare(self, budget: Budget, classes: int) -> Ascent:
+        """Return the attack within a budget."""
+        return Ascent(self, budget)
+
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, eps: str | float, ids: Tensor | None = None) -> Tensor:
-        """Return adversarial images, like x, inside the budget, without graph.
+        """Return the last iterates, like x, inside the budget, without graph: what training uses.
 
-        With one restart this makes ``steps`` forward and backward passes, no other, and never waits for a GPU (values
-        of images and labels are therefore checked on the CPU only; `run` always checks them).
-
-        Args:
-            model: maps images to logits [n, classes]; an nn.Module or any function. Its parameters, their gradients,
-                its flags and, in the modes ``eval`` and ``train_frozen``, its buffers are left as they are.
-            x: float32 images [n, ...] in [0, 1].
-            y: int64 labels [n].
-            eps: radius in pixel units, a number or text such as ``8/255``.
-            ids: int64 sample ids [n] that key the noise; None means 0..n-1.
-
-        Raises:
-            UsageError: for arguments of another kind.
+        With one restart this makes ``steps`` forward and backward passes (with loss ``kl`` one more forward pass), on
+        the batch as it is, and never waits for a GPU; values of images and labels are therefore checked on the CPU
+        only. With several it is `run`, which takes the same arguments.
         """
-        if self.n_restarts > 1:
+        if self.n_restarts > 1 or self.eot_iter > 1:
             return self.run(model, x, y, eps=eps, ids=ids).images
         budget = Budget(self.norm, parse_eps(eps))
-        with recording():
-            inputs = prepare(x, y, ids, budget, wait=False)
-            return self._craft(model, inputs, budget, restart=0, check=inputs.x.device.type == "cpu")
-
-    def run(self, model: Model, x: Tensor, y: Tensor, *, eps: str | float, ids: Tensor | None = None) -> AttackResult:
-        """Return adversarial images with verdicts, norms and costs; arguments as for the call.
-
-        Success is measured on the returned images, in one forward pass a restart, in eval mode. An image that is fooled
-        leaves the batch before the next restart.
-        """
-        budget = Budget(self.norm, parse_eps(eps))
-        with recording(), torch.no_grad():
-            inputs = prepare(x, y, ids, budget, wait=True)
-            images = inputs.x.clone()
-            fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-            restarts = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-            alive = torch.arange(len(images), device=images.device)
-            for restart in range(self.n_restarts):
-                if not len(alive):
-                    break
-                images[alive] = self._craft(model, inputs.select(alive), budget, restart=restart, check=restart == 0)
-                fooled[alive] = is_fooled(model, images[alive], inputs.y[alive])
-                restarts[alive] += 1
-                alive = (~fooled).nonzero().flatten()
-            counts = Counts(forward=restarts * (self.steps + 1), backward=restarts * self.steps, queries=restarts)
-            return AttackResult(images, fooled, budget.measure(images, inputs.x), counts)
+        with recording(), torch.no_grad(), attack_context(model, self.mode):
+            x, y, ids = prepare(x, y, ids, budget, wait=False)
+            if not len(x):
+                return x.clone()
+            task = Task(x, y, ids, full_precision(model(x)) if self.loss == "kl" else x.new_empty(len(x), 0))
+            return climb(self.prepare(budget, 0), model, task, check=x.device.type == "cpu")
 
     def resolve_step_size(self, eps: float) -> float:
         """Return the length of one step within radius eps."""
@@ -114,29 +131,80 @@ class PGD:
     def _default_step_size(self, eps: float) -> float:
         return 2.5 * eps / max(1, self.steps)
 
-    def _craft(self, model: Model, inputs: Inputs, budget: Budget, *, restart: int, check: bool) -> Tensor:
-        """Return the last iterate of one restart; ``check`` reads the labels' range back."""
-        x, y, ids = inputs
-        if not len(x):
-            return x.clone()
-        step_size = self.resolve_step_size(budget.eps)
 
-        def start() -> Tensor:
-            if not self.random_start:
-                return x.clone()
-            key = derive_seed(int(self.seed), "pgd")
-            return budget.start(x, philox_uniform(ids, budget.noise_size(x), key=key, stream=restart))
+class Ascent:
+    """The procedure of PGD: start, go up along `direction`, `project`."""
 
-        def direction(seen: Seen, step: int) -> Tensor:
-            return seen.grad
+    gradient = True
+    inside = True
 
-        def project(x_adv: Tensor, upwards: Tensor, step: int) -> Tensor:
-            return budget.step(x_adv, upwards, x, step_size)
+    def __init__(self, attack: PGD, budget: Budget) -> None:
+        self.attack, self.budget, self.runs = attack, budget, attack.n_restarts
+        self.still = attack.steps == 0
+        self.step_size = attack.resolve_step_size(budget.eps)
+        self.key = derive_seed(int(attack.seed), "pgd")
 
-        oracle = GradientOracle(model, LOSSES[self.loss], y, check=check)
-        with attack_context(model, self.mode), torch.no_grad():
-            x_adv = ascend(oracle, steps=self.steps, start=start, direction=direction, project=project)
-            return budget.project(x_adv, x)
+    def start(self, task: Task, run: Tensor) -> Rows:
+        """Return x, or a random point of the ball, exactly inside."""
+        shown = task.x.clone()
+        if self.attack.random_start:
+            uniform = noise(task, self.budget.noise_size(task.x), key=self.key, stream=run)
+            shown = self.budget.start(task.x, uniform)
+        rows = {"shown": shown, "step": torch.zeros_like(run)}
+        if self.attack.momentum:
+            rows["velocity"] = torch.zeros_like(shown)
+        return rows
+
+    def losses(self, logits: Tensor, task: Task, rows: Rows) -> Tensor:
+        """Return the attack's loss; for a targeted attack its negative."""
+        if self.attack.loss == "kl":
+            return kl(logits, task.logits)
+        values = LOSSES[self.attack.loss](logits, task.y)
+        return -values if self.attack.targeted else values
+
+    def direction(self, rows: Rows, seen: Seen) -> tuple[Tensor, Rows]:
+        """Return where to go, and what has to be remembered of it."""
+        if not self.attack.momentum:
+            return seen.grad, {}
+        length = seen.grad.abs().flatten(1).sum(1).clamp(min=torch.finfo(seen.grad.dtype).tiny)
+        velocity = self.attack.momentum * rows["velocity"] + seen.grad / per_row(length, seen.grad)
+        return velocity, {"velocity": velocity}
+
+    def project(self, task: Task, shown: Tensor, direction: Tensor) -> Tensor:
+        """Return the next iterate, exactly inside; only a step in L2 may leave it by a rounding."""
+        stepped = self.budget.step(shown, direction, task.x, self.step_size)
+        return self.budget.project(stepped, task.x) if self.budget.norm == "L2" else stepped
+
+    def advance(self, task: Task, rows: Rows, seen: Seen, look: Look) -> tuple[Rows, Tensor]:
+        """Take one step."""
+        upwards, remembered = self.direction(rows, seen)
+        step = rows["step"] + 1
+        return {"shown": self.project(task, rows["shown"], upwards), "step": step, **remembered}, (
+            step >= self.attack.steps
+        )
+
+
+def climb(procedure: Ascent, model: Model, task: Task, *, check: bool) -> Tensor:
+    """Return the last iterates of one run on a batch as it is, without ever waiting for a device.
+
+    Args:
+        check: read the labels' range back, once: not on a GPU.
+    """
+    rows = procedure.start(task, torch.zeros_like(task.y))
+
+    def losses(logits: Tensor) -> Tensor:
+        nonlocal check
+        if check:
+            check_labels(task.y, logits)
+            check = False
+        return procedure.losses(logits, task, rows)
+
+    def look(images: Tensor) -> Tensor:
+        return full_precision(model(images))
+
+    for _ in range(procedure.attack.steps):
+        rows, _ = procedure.advance(task, rows, differentiate(model, rows["shown"], losses), look)
+    return rows["shown"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +218,11 @@ class FGSM(PGD):
 
     steps: int = field(default=1, init=False)
     n_restarts: int = field(default=1, init=False)
+
+    @property
+    def name(self) -> str:
+        """Name in tables and files."""
+        return "fgsm"
 
     def _default_step_size(self, eps: float) -> float:
         return 1.25 * eps

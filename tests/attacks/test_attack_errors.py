@@ -33,8 +33,12 @@ def nudged(value: float) -> Tensor:
     ("change", "message"),
     [
         ({"norm": "linf"}, "unknown attack norm 'linf'. Did you mean 'Linf'"),
-        ({"norm": "L1"}, "Known: L2, Linf"),
-        ({"loss": "CE"}, "Known: ce, cw"),
+        ({"norm": "L0"}, "Known: L1, L2, Linf"),
+        ({"loss": "CE"}, "Known: ce, cw, dlr, kl"),
+        ({"keep": "best"}, "Known: first, last"),
+        ({"loss": "kl", "random_start": False}, "needs a random start"),
+        ({"alpha": 0.1, "step_size": 0.2}, "alpha is another name for step_size"),
+        ({"momentum": -1}, "momentum must be 0 or more"),
         ({"mode": "training"}, "unknown attack mode 'training'. Did you mean 'train'"),
         ({"steps": -1}, "steps must be an integer of at least 0, got -1"),
         ({"steps": 2.5}, "steps must be an integer"),
@@ -112,5 +116,5 @@ def test_models_that_do_not_return_logits(output: Any, message: str) -> None:
 
 
 def test_an_linf_sized_l2_radius_warns() -> None:
-    with pytest.warns(UserWarning, match="size of an Linf one"):
+    with pytest.warns(UserWarning, match="size of another norm's"):
         PGD(norm="L2", steps=1)(model, X, Y, eps="8/255")

@@ -12,42 +12,46 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_robust.attacks import LOSSES, PGD, Budget
-from sparse_robust.attacks.loop import GradientOracle, ascend
-from sparse_robust.seeding import derive_seed
-from sparse_robust_kernels.rng import philox_uniform
+from sparse_robust.attacks import LOSSES, PGD, Budget, attack_context
+from sparse_robust.attacks.passes import differentiate
+from sparse_robust.attacks.pgd import climb
+from sparse_robust.attacks.procedure import Task
+from sparse_robust.errors import UsageError
 
 EPS = 8 / 255
 
 
-def test_nan_gradients_and_logits() -> None:
-    x, y = torch.rand(4, 2, 3, 3), torch.zeros(4, dtype=torch.int64)
+def test_nan_gradients_move_nothing_and_nan_logits_predict_nothing() -> None:
+    x, y = 0.25 + 0.5 * torch.rand(4, 2, 3, 3), torch.zeros(4, dtype=torch.int64)
+    x[::2, 0, 0, 0], x[1::2, 0, 0, 0] = 0.8, 0.1  # the odd ones cannot leave the good half
 
     def broken(images: Tensor) -> Tensor:
-        return images.flatten(1)[:, :3] * torch.tensor([[math.nan], [1.0], [math.nan], [1.0]])
+        factor = torch.where(images[:, 0, 0, :1] > 0.5, math.nan, 1.0)
+        return images.flatten(1)[:, 1:4] * factor
 
     for norm in ("Linf", "L2"):
         start = PGD(norm=norm, steps=0)(broken, x, y, eps=0.25)
-        result = PGD(norm=norm, steps=2).run(broken, x, y, eps=0.25)
-        assert torch.equal(result.images[::2], start[::2])
-        assert (result.images[1::2] != start[1::2]).flatten(1).any(1).all()
-        assert result.success[::2].all()  # NaN is not the label
+        result = PGD(norm=norm, steps=2)(broken, x, y, eps=0.25)
+        assert torch.equal(result[::2], start[::2])
+        assert (result[1::2] != start[1::2]).flatten(1).any(1).all()
+        with pytest.raises(UsageError, match=r"NaN for 2 of 4 .* \[0, 2\]"):
+            PGD(norm=norm).run(broken, x, y, eps=0.25)
 
+    def breaks_near_one(images: Tensor) -> Tensor:
+        factor = torch.where(images[:, 0, 0, :1] > 0.75, math.nan, 1.0)
+        return (images.flatten(1)[:, :1] * torch.tensor([1.0, -1.0])) * factor
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
-def test_losses_are_per_image(name: str) -> None:
-    logits, y = torch.randn(9, 4), torch.arange(9) % 4
-    values = LOSSES[name](logits, y)
-    for row, label, value in zip(logits, y, values, strict=True):
-        others = torch.cat([row[:label], row[label + 1 :]])
-        expected = row.logsumexp(0) - row[label] if name == "ce" else others.max() - row[label]
-        torch.testing.assert_close(value, expected)
+    x[:, 0, 0, 0] = 0.6
+    result = PGD(random_start=False, loss="cw", targeted=True, steps=5).run(breaks_near_one, x, y + 1, eps=0.25)
+    assert not result.success.any()  # what is NaN is not the target either
+    result = PGD(steps=0, seed=1).run(breaks_near_one, x, y, eps=0.25)
+    assert torch.equal(result.success, result.images[:, 0, 0, 0] > 0.75) and result.success.any()
 
 
 def test_the_loss_is_summed_so_the_batch_does_not_scale_it(trained: Any) -> None:
     model, x, y, _ = trained
-    together = GradientOracle(model, LOSSES["ce"], y, check=False)(x)
-    alone = GradientOracle(model, LOSSES["ce"], y[:1], check=False)(x[:1])
+    together = differentiate(model, x, lambda logits: LOSSES["ce"](logits, y))
+    alone = differentiate(model, x[:1], lambda logits: LOSSES["ce"](logits, y[:1]))
     torch.testing.assert_close(alone.grad[0], together.grad[0], rtol=1e-4, atol=1e-6)
     assert together.loss.shape == (len(x),) and together.logits.shape == (len(x), 5)
 
@@ -77,7 +81,7 @@ def test_under_autocast_the_iterate_is_full_precision(trained: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
         x_adv = PGD(steps=4, step_size=1 / 64, random_start=False)(model, x, y, eps="16/255", ids=ids)
-        seen = [GradientOracle(model, loss, y, check=False)(x) for loss in LOSSES.values()]
+        seen = [differentiate(model, x, lambda logits, loss=loss: loss(logits, y)) for loss in LOSSES.values()]
     assert {tensor.dtype for tensor in (x_adv, *(one.loss for one in seen), *(one.grad for one in seen))} == {x.dtype}
     # Every pixel that met no bound moved by whole steps: nothing was rounded to bfloat16.
     free = (x > 0.25) & (x < 0.75)
@@ -110,20 +114,15 @@ class NoReadBack(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_the_loop_reads_nothing_back(trained: Any, norm: str) -> None:
+@pytest.mark.parametrize("loss", [*LOSSES, "kl"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_training_reads_nothing_back(trained: Any, norm: str, loss: str) -> None:
     model, x, y, ids = trained
-    budget = Budget(norm, 0.25)
-    noise = philox_uniform(ids, budget.noise_size(x), key=derive_seed(0, "pgd"), stream=0)
-    with NoReadBack():
-        x_adv = ascend(
-            GradientOracle(model, LOSSES["ce"], y, check=False),
-            steps=2,
-            start=lambda: budget.start(x, noise),
-            direction=lambda seen, _: seen.grad,
-            project=lambda x_adv, grad, _: budget.step(x_adv, grad, x, 0.1),
-        )
-    attack = PGD(norm=norm, steps=2, step_size=0.1)
-    assert torch.equal(attack(model, x, y, eps=0.25, ids=ids), budget.project(x_adv, x))
+    attack, budget = PGD(norm=norm, steps=2, step_size=0.1, loss=loss), Budget(norm, 0.25 if norm == "Linf" else 6.0)
+    with attack_context(model):
+        logits = model(x).detach()
+        with NoReadBack():
+            x_adv = climb(attack.prepare(budget, 5), model, Task(x, y, ids, logits), check=False)
+    assert torch.equal(attack(model, x, y, eps=budget.eps, ids=ids), x_adv) and budget.contains(x_adv, x).all()
     with NoReadBack(), pytest.raises(AssertionError, match="waits"):  # the detector works
-        attack.run(model, x, y, eps=0.25, ids=ids)
+        attack.run(model, x, y, eps=budget.eps, ids=ids)

@@ -183,13 +183,14 @@ def test_noise_and_verdicts_do_not_depend_on_batch_size_and_order(trained: Any, 
     model, x, y, ids = trained
     eps = EPS if norm == "Linf" else 0.3
     start, attack = PGD(norm=norm, steps=0), PGD(norm=norm, steps=5, n_restarts=2)
-    whole, verdicts = start(model, x, y, eps=eps, ids=ids), attack.run(model, x, y, eps=eps, ids=ids).success
+    whole, verdicts = start(model, x, y, eps=eps, ids=ids), attack.run(model, x, y, eps=eps, ids=ids)
     order = torch.randperm(len(x))
     for part in order.split(batch_size):
         drawn = start(model, x[part], y[part], eps=eps, ids=ids[part])
         torch.testing.assert_close(drawn, whole[part], rtol=0, atol=0 if norm == "Linf" else 1e-6)
         run = attack.run(model, x[part], y[part], eps=eps, ids=ids[part])
-        assert torch.equal(run.success, verdicts[part])
+        assert torch.equal(run.success, verdicts.success[part]) and torch.equal(run.step, verdicts.step[part])
+        assert torch.equal(run.images, verdicts.images[part])
 
 
 def test_ids_default_to_the_position(trained: Any) -> None:
@@ -210,8 +211,9 @@ def test_a_fat_step_takes_one_gradient_and_stays_in_the_ball(trained: Any, eps: 
     start = linf_start(x, ids, eps, seed=5)
     expected = plain_pgd(model, x, y, start, eps=eps, step_size=1.25 * eps, steps=1, loss="ce")
     assert torch.equal(x_adv, expected)
-    costs = FGSM().run(model, x, y, eps=eps).counts
-    assert (costs.backward == 1).all() and (costs.forward == 2).all()
+    result, right = FGSM().run(model, x, y, eps=eps), model(x).argmax(1) == y
+    assert torch.equal(result.counts.backward, right.long())  # what is wrong already is not attacked
+    assert torch.equal(result.counts.forward, 1 + 2 * right)  # before, for the gradient, after
 
 
 def test_fgsm_is_pgd_with_one_step(trained: Any) -> None:
@@ -234,30 +236,49 @@ def test_a_call_costs_exactly_its_steps(trained: Any, steps: int) -> None:
     assert counter.batches == [len(x)] * steps
 
 
-def test_fooled_images_leave_before_the_next_restart(trained: Any) -> None:
+def test_in_the_published_protocol_fooled_images_leave_before_the_next_restart(trained: Any) -> None:
     model, x, y, ids = trained
-    counter = Counter(model)
-    attack = PGD(steps=2, step_size="1/255", n_restarts=4)
-    result = attack.run(counter, x, y, eps="1/255", ids=ids)
+    attack = PGD(steps=2, step_size="1/255", n_restarts=4, keep="last")
+    result = attack.run(model, x, y, eps="1/255", ids=ids)
     assert 0 < int(result.success.sum()) < len(x)
 
     # The same by hand: restart after restart on what is left.
     images, fooled, restarts = x.clone(), torch.zeros(len(x), dtype=torch.bool), torch.zeros(len(x), dtype=torch.int64)
-    sizes = []
     for restart in range(4):
         left = (~fooled).nonzero().flatten()
-        sizes += [len(left)] * 3
         start = linf_start(x[left], ids[left], 1 / 255, restart=restart)
         images[left] = plain_pgd(model, x[left], y[left], start, eps=1 / 255, step_size=1 / 255, steps=2, loss="ce")
         fooled[left] = model(images[left]).argmax(1) != y[left]
         restarts[left] += 1
     assert torch.equal(result.images, images)
     assert torch.equal(result.success, fooled)
-    assert counter.batches == sizes and sizes[0] > sizes[-1]
-    assert torch.equal(result.counts.forward, 3 * restarts)
+    assert torch.equal(result.counts.forward, 1 + 3 * restarts)
     assert torch.equal(result.counts.backward, 2 * restarts)
-    assert torch.equal(result.counts.queries, restarts)
+    assert torch.equal(result.counts.queries, 1 + restarts)
+    assert torch.equal(result.step[fooled], 3 * restarts[fooled] - 1)
     assert torch.equal(attack(model, x, y, eps="1/255", ids=ids), images)
+
+
+def test_an_image_leaves_as_soon_as_it_is_fooled(trained: Any) -> None:
+    """At the very iterate that fools the model, wherever in its restart that is, and at no further cost."""
+    model, x, y, ids = trained
+    counter = Counter(model)
+    result = PGD(steps=10, step_size="1/255").run(counter, x, y, eps=EPS, ids=ids)
+    x_adv, first = linf_start(x, ids, EPS), torch.full((len(x),), -1)
+    first[model(x).argmax(1) != y] = 0
+    wrong = first == 0
+    images = x.clone()
+    for step in range(11):
+        fooled = (model(x_adv).argmax(1) != y) & (first < 0)
+        images[fooled], first[fooled] = x_adv[fooled], step
+        x_adv = plain_pgd(model, x, y, x_adv, eps=EPS, step_size=1 / 255, steps=1, loss="ce")
+    assert torch.equal(result.step, first) and torch.equal(result.success, first >= 0)
+    assert torch.equal(result.images[first >= 0], images[first >= 0])
+    steps = torch.where(first >= 0, first + 1, 10).clamp(max=10).where(~wrong, torch.tensor(0))
+    assert torch.equal(result.counts.backward, steps)
+    last = PGD(steps=10, step_size="1/255", keep="last").run(model, x, y, eps=EPS, ids=ids)
+    assert int(result.success.sum()) >= int(last.success.sum())
+    assert int(result.counts.backward.sum()) < int(last.counts.backward.sum())
 
 
 def test_a_result_reports_verdicts_and_norms_of_the_returned_images(trained: Any) -> None:
@@ -283,7 +304,9 @@ def test_a_single_restart_returns_the_last_iterate_not_the_best() -> None:
 
     attack = PGD(steps=3, step_size=0.1, random_start=False)
     assert float(attack(bump, x, y, eps=0.3)) == pytest.approx(0.8)
-    assert not attack.run(bump, x, y, eps=0.3).success.any()
+    assert not dataclasses.replace(attack, keep="last").run(bump, x, y, eps=0.3).success.any()
+    passed = attack.run(bump, x, y, eps=0.3)
+    assert passed.success.all() and float(passed.images) == pytest.approx(0.6) and passed.step.tolist() == [1]
     assert dataclasses.replace(attack, steps=1).run(bump, x, y, eps=0.3).success.all()
 
 

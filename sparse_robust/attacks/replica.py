@@ -1,0 +1,293 @@
+"""The copy of a model that attacks craft images on: frozen, batch norms folded away, channels-last, bf16 where asked.
+
+It computes the model's function, with other rounding, in less time. Verdicts are the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_robust.attacks.context import Model, attack_context
+from sparse_robust.attacks.inputs import check_logits, recording
+from sparse_robust.errors import unknown
+from sparse_robust.masks import unwrap
+
+PRECISIONS: dict[str, str] = {
+    "fp32": "as the model computes; whether products may use TF32 is left as it is set",
+    "bf16": "autocast to bfloat16; logits come back in float32",
+}
+
+# The largest difference between the logits of model and copy, as a share of the spread (largest minus smallest) of the
+# model's. Rounding alone makes about 1e-6 of it in fp32; a batch norm folded wrongly 1e-2 and more.
+TOLERANCE = 1e-3
+
+# How many images of the example a copy is checked on.
+CHECKED = 8
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Pair(NamedTuple):
+    """Names of a convolution or linear layer, and of the batch norm that alone reads its output."""
+
+    layer: str
+    norm: str
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """Lays out images with channels last, and gradients as usual: mixed layouts slow down an attack's own steps."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+class Replica:
+    """A function from images to logits that follows a model. Made by `make_replica`.
+
+    Attributes:
+        model: the original.
+        module: the copy that computes; None where the original does it itself.
+        folded: the batch norms that are folded away, with their layers.
+        reason: why there is no copy, or why nothing in it is folded although that was wanted; None if all went well.
+        precision: a key of `PRECISIONS`.
+        channels_last: whether images [n, C, H, W] are laid out with channels last.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        module: nn.Module | None,
+        *,
+        folded: tuple[Pair, ...] = (),
+        reason: str | None = None,
+        precision: str = "fp32",
+        channels_last: bool = False,
+    ) -> None:
+        self.model, self.module, self.folded, self.reason = model, module, folded, reason
+        self.precision, self.channels_last = precision, channels_last
+        self._compute = model if module is None else module
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return logits [n, classes] of images [n, ...]; differentiable with respect to the images."""
+        if self.channels_last and images.dim() == 4:
+            images = _ChannelsLast.apply(images)
+        if self.precision == "fp32":
+            return self._compute(images)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            logits = self._compute(images)
+        return logits.float()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the original's present weights and buffers, in place. Its layers must still be those of then."""
+        if self.module is None or not isinstance(self.model, nn.Module):
+            return
+        original = unwrap(self.model)
+        source = dict(_tensors(original))
+        for pair in self.folded:
+            weight, bias = _fold(original.get_submodule(pair.layer), original.get_submodule(pair.norm))
+            source |= {f"{pair.layer}.weight": weight, f"{pair.layer}.bias": bias}
+        for name, tensor in _tensors(self.module):
+            tensor.copy_(source[name])
+
+
+def make_replica(
+    model: Model, example: Tensor, *, precision: str = "fp32", fold: bool = True, channels_last: bool = True
+) -> Replica:
+    """Return a copy of a model for attacks, checked against it.
+
+    A batch norm is folded into the convolution or linear layer before it where a pass over the example shows that it is
+    the only reader of that layer's output; other norms stay. If the copy's logits are not the model's, to `TOLERANCE`,
+    it is given up: first the folding, then the copy. The model itself is left as it is.
+
+    Args:
+        model: maps images to logits [n, classes] in eval mode. A module that cannot be copied, and what is no module,
+            serves itself: attacks on it are only slower. `Replica.reason` says why.
+        example: images [n, ...] that the model takes, on its device; some of them are looked at.
+        precision: a key of `PRECISIONS`.
+        fold: fold batch norms.
+        channels_last: lay out 4-d weights and images with channels last.
+
+    Raises:
+        UsageError: for an unknown precision, or a model whose output is no logits.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if not isinstance(model, nn.Module):
+        return Replica(model, None, reason="it is no torch module", precision=precision)
+    original, example = unwrap(model), example[:CHECKED]
+    # TF32, which convolutions use unless told otherwise, rounds so much that a wrong fold could hide in it.
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
+    with recording(), torch.no_grad(), exact, attack_context(original):
+        logits = check_logits(original(example), len(example))
+        try:
+            module, folded, reason = _copy(original, example, logits, fold)
+        except Exception as error:  # whatever keeps a foreign module from being copied, attacks can do without
+            return Replica(model, None, reason=_describe(error), precision=precision)
+        if channels_last:
+            module.to(memory_format=torch.channels_last)
+        if precision == "bf16":
+            _cast_weights(module)
+    return Replica(model, module, folded=folded, reason=reason, precision=precision, channels_last=channels_last)
+
+
+def _copy(
+    original: nn.Module, example: Tensor, logits: Tensor, fold: bool
+) -> tuple[nn.Module, tuple[Pair, ...], str | None]:
+    """Return a frozen copy, what is folded in it, and why nothing is."""
+    module = _deepcopy(original)
+    _check(module(example), logits, "its copy")
+    if not fold:
+        return module, (), None
+    try:
+        pairs = _find_pairs(module, example)
+        for pair in pairs:
+            _fold_away(module, pair)
+        _check(module(example), logits, "its copy with folded batch norms")
+    except Exception as error:
+        return _deepcopy(original), (), _describe(error)
+    return module, pairs, None
+
+
+def _deepcopy(original: nn.Module) -> nn.Module:
+    return copy.deepcopy(original).eval().requires_grad_(False)
+
+
+def _check(logits: Tensor, expected: Tensor, what: str) -> None:
+    difference, spread = (logits - expected).abs().max(), expected.max() - expected.min()
+    if not bool(difference <= TOLERANCE * spread):
+        raise ValueError(f"{what} gives other logits: they differ by {float(difference / spread):.2g} of their spread")
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters and buffers, under every name they have."""
+    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+
+
+class _Uses(TorchDispatchMode):
+    """Counts how often each tensor is the operand of an operation, by its Python id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def _find_pairs(module: nn.Module, example: Tensor) -> tuple[Pair, ...]:
+    """Return the batch norms that can be folded, seen in one pass: no tracing, which some networks do not survive."""
+    uses, calls = _Uses(), Counter[str]()
+    written: dict[int, tuple[str, Tensor]] = {}  # outputs of layers by id; held, so that no id is given twice
+    found: list[tuple[Pair, int]] = []
+
+    def note_layer(name: str, layer: Any, args: tuple[Any, ...], output: Any) -> None:
+        calls[name] += 1
+        # One dimension less or more is a layer applied along another dimension than a batch norm's.
+        if isinstance(output, Tensor) and output.dim() == layer.weight.dim() and _is_homogeneous(layer, args, output):
+            written[id(output)] = (name, output)
+            uses.of[id(output)] = 0
+
+    def note_norm(name: str, norm: Any, args: tuple[Any, ...], output: Any) -> None:
+        calls[name] += 1
+        layer, tensor = written.get(id(args[0]), (None, None)) if args else (None, None)
+        if layer is not None and tensor is not None and tensor.shape[1] == norm.num_features:
+            found.append((Pair(layer, name), id(tensor)))
+
+    handles = []
+    for name, part in module.named_modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            continue  # these may change what goes in or comes out
+        note = note_layer if isinstance(part, _LAYERS) else note_norm if _after(part) is not None else None
+        if note is not None:
+            handles.append(part.register_forward_hook(partial(note, name)))
+    with uses:
+        module(example)
+    for handle in handles:
+        handle.remove()
+    return tuple(pair for pair, tensor in found if calls[pair.layer] == calls[pair.norm] == 1 and uses.of[tensor] == 1)
+
+
+def _is_homogeneous(layer: Any, args: tuple[Any, ...], output: Tensor) -> bool:
+    """Whether twice the weights give twice the output; not so where a layer standardises or recomputes its weights."""
+    parameters = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
+    for parameter in parameters:
+        parameter.mul_(2)
+    doubled = layer.forward(*args)
+    for parameter in parameters:
+        parameter.mul_(0.5)
+    return bool((doubled - 2 * output).abs().max() <= TOLERANCE * output.abs().max())
+
+
+class _DropAct(nn.Module):
+    """What timm's norms with an activation do after normalising; under the names they have there."""
+
+    def __init__(self, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.drop, self.act = drop, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(x))
+
+
+def _after(norm: Any) -> nn.Module | None:
+    """Return what a module does after it normalised with running statistics; None if it is no such batch norm."""
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
+        return None
+    if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return nn.Identity()
+    drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
+    return _DropAct(drop, act) if isinstance(drop, nn.Module) and isinstance(act, nn.Module) else None
+
+
+def _fold(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return weight and bias with which the layer does what layer and batch norm do; zeros in the weight stay zeros."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    bias = (0 if layer.bias is None else layer.bias) - norm.running_mean
+    shift = 0 if norm.bias is None else norm.bias
+    return layer.weight * scale.view(-1, *[1] * (layer.weight.dim() - 1)), bias * scale + shift
+
+
+def _fold_away(module: nn.Module, pair: Pair) -> None:
+    """Fold a batch norm, and put what it does besides in its place, wherever the module has it."""
+    layer: Any = module.get_submodule(pair.layer)
+    norm = module.get_submodule(pair.norm)
+    layer.weight, layer.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in _fold(layer, norm))
+    after = _after(norm)
+    for part in list(module.modules()):
+        for name, child in part._modules.items():
+            if child is norm:
+                part._modules[name] = after
+    module.eval()
+
+
+def _cast_weights(module: nn.Module) -> None:
+    """Cast what autocast would cast in every pass: it only keeps the casts of parameters that get gradients."""
+    for part in module.modules():
+        if isinstance(part, _LAYERS):
+            for name, parameter in part._parameters.items():
+                if parameter is not None and parameter.dtype == torch.float32:
+                    part._parameters[name] = nn.Parameter(parameter.bfloat16(), requires_grad=False)
