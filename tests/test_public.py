@@ -34,7 +34,7 @@ def test_the_public_names_do_what_they_say(tmp_path: Path) -> None:
     assert adversarial.shape == x.shape and (adversarial - x).abs().max() <= 8 / 255 + 1e-7
     result = sr.evaluate(model, [(x, y)], attacks=[attack], eps="8/255")
     assert 0 <= result.robust <= result.clean <= 1
-    assert len(result.per_image.ids) == 4 and set(result.counts) == {"forward", "backward", "queries"}
+    assert len(result.per_image.id) == 4 and set(result.counts) == {"forward", "backward", "queries"}
 
     ticket = sr.Ticket(masks=masks, base_sha256="0" * 64, provenance={"k": 1})
     ticket.save(tmp_path / "ticket.safetensors")

@@ -219,11 +219,13 @@ class TrainLoader:
 class EvalLoader(Iterable[Batch]):
     """Every image once over all ranks, in file order, not augmented; see `eval_loader`.
 
-    ``world`` tells `evaluate` whether what it saw is a shard that has to be merged with others.
+    ``world`` tells `evaluate` whether what it saw is a shard that has to be merged with others, ``images`` how many
+    this rank will give.
     """
 
     def __init__(self, plan: list[Tensor], feed: _MemoryFeed | _ReaderFeed | _StreamFeed, world: int = 1) -> None:
         self.plan, self.feed, self.world = plan, feed, world
+        self.images = sum(map(len, plan))
 
     def __len__(self) -> int:
         """Batches of this rank; ranks may differ by one."""

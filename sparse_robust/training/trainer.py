@@ -280,7 +280,7 @@ class Trainer:
                 PGD(norm=recipe.norm, steps=recipe.validation_steps, step_size=recipe.validation_step_size,
                     seed=derive_seed("validation-attack", self.seed))
             )  # fmt: skip
-        result = evaluate(self.kept, self.validation_batches, attacks, recipe.radius)
+        result = evaluate(self.kept, self.validation_batches, attacks, recipe.radius, check=False, replica=False)
         ra = result.ra if attacks else None
         task.advance(0, info=f"val SA {result.sa:.1f}" + ("" if ra is None else f" RA {ra:.1f}"))
         return result.sa, ra
@@ -289,7 +289,7 @@ class Trainer:
         if self.guard is None:
             return False
         attack = PGD(norm=self.recipe.norm, steps=GUARD_STEPS, step_size=parse_eps(self.recipe.eps) / 4, seed=self.seed)
-        result = evaluate(self.inner, self.guard_batch, [attack], self.recipe.radius)
+        result = evaluate(self.inner, self.guard_batch, [attack], self.recipe.radius, check=False, replica=False)
         if self.guard.trips(result.robust):
             return True
         self.before_fall = {name: tensor.detach().cpu().clone() for name, tensor in self.kept.state_dict().items()}
