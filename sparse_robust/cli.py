@@ -30,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional words in one run only; here they may stand between the options, too.
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:
+        options.overrides = [*options.overrides, *rest]
     if not hasattr(options, "function"):
         parser.print_help()
         return 2
@@ -76,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("pretrain", "train theta_p on the source task, or take a checkpoint"),
         ("find", "draw tickets from pre-trained weights"),
         ("transfer", "fine-tune a ticket on a downstream task"),
-        ("evaluate", "clean and robust accuracy of a weights file"),
+        ("evaluate", "how robust a weights file is: any attacks, curves, alarms, corruptions, transfer"),
     ):
         verb = _verb(verbs, name, single_run, text)
         verb.set_defaults(verb=name)
@@ -86,6 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--checkpoint-seconds", type=float, default=60.0, help="time between checkpoints (default: 60)"
         )
+        if name == "evaluate":
+            _measuring(verb)
 
     ticket = verbs.add_parser("ticket", help="show or verify a ticket file")
     kinds = ticket.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -128,6 +135,32 @@ def _running(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trust-pickle", action="store_true", help="let checkpoint files run the code they contain")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
+
+
+def _measuring(parser: argparse.ArgumentParser) -> None:
+    """Add the shorthands of `evaluate`; each is an override under another name."""
+    parser.add_argument("--attacks", help="evaluation.attacks, by comma: pgd, autoattack, apgd-ce, square, ...")
+    parser.add_argument("--eps", help="evaluation.eps, such as 8/255; several, by comma, give a robustness curve")
+    parser.add_argument("--norm", choices=("Linf", "L2", "L1"), help="evaluation.norm")
+    parser.add_argument("--attack-precision", choices=("fp32", "bf16"), help="evaluation.precision")
+    parser.add_argument("--alarms", action="store_true", help="measure what would show that the robustness is not real")
+    parser.add_argument("--corruptions", action="store_true", help="accuracy under the 15 common corruptions")
+
+
+def _measuring_overrides(options: argparse.Namespace) -> list[str]:
+    given = vars(options)
+    overrides = [f"{name}=true" for name in ("alarms", "corruptions") if given.get(name)]
+    if given.get("attacks"):
+        overrides.append(f"evaluation.attacks=[{given['attacks']}]")
+    if given.get("eps"):
+        from sparse_robust.attacks import parse_eps
+
+        *others, largest = sorted(given["eps"].replace(" ", "").split(","), key=parse_eps)
+        overrides += [f"evaluation.eps={largest}", f"curve=[{', '.join(others)}]"]
+    for name, key in (("norm", "norm"), ("attack_precision", "precision")):
+        if given.get(name):
+            overrides.append(f"evaluation.{key}={given[name]}")
+    return overrides
 
 
 def _criterion(parser: argparse.ArgumentParser) -> None:
@@ -186,17 +219,19 @@ def study_report(options: argparse.Namespace) -> int:
 
 def single_run(options: argparse.Namespace) -> int:
     """Run one stage in one folder."""
-    from sparse_robust.study.console import show_configuration
+    from sparse_robust.study.console import show_configuration, show_evaluation
     from sparse_robust.study.context import Context
     from sparse_robust.study.load import build, read_config
     from sparse_robust.study.runs import RUNS, execute, outcome, run_name
 
-    run = build(RUNS[options.verb], read_config(options.config, options.overrides))
+    overrides = [*options.overrides, *_measuring_overrides(options)]
+    run = build(RUNS[options.verb], read_config(options.config, overrides))
     folder = options.out or Path("runs") / run_name(run)
     if options.dry_run:
         show_configuration(run)
         return 0
-    with _accelerator(options, folder) as accelerator, _progress(accelerator, options) as progress:
+    bars = False if options.verb == "evaluate" else None  # which has a display of its own
+    with _accelerator(options, folder) as accelerator, _progress(accelerator, options, bars) as progress:
         context = Context(
             accelerator=accelerator, progress=progress, workers=options.workers, trust_pickle=options.trust_pickle,
             checkpoint_seconds=options.checkpoint_seconds, keep_weights=True,
@@ -204,6 +239,8 @@ def single_run(options: argparse.Namespace) -> int:
         row = execute(run, folder, context)
         main_process = accelerator.is_main_process
     if main_process:
+        if options.verb == "evaluate":
+            show_evaluation(folder, row)
         sys.stdout.write(f"{folder}: {outcome(run, row)}\n")
     return 0
 
@@ -290,7 +327,7 @@ def _accelerator(options: argparse.Namespace, folder: Path) -> Iterator[Accelera
         accelerator.end_training()  # ends the process group, which must not outlive the work
 
 
-def _progress(accelerator: Accelerator, options: argparse.Namespace) -> ProgressReporter:
+def _progress(accelerator: Accelerator, options: argparse.Namespace, bars: bool | None = None) -> ProgressReporter:
     from sparse_robust.training.progress import ProgressReporter
 
-    return ProgressReporter(accelerator.is_main_process and not options.quiet)
+    return ProgressReporter(accelerator.is_main_process and not options.quiet, bars)

@@ -50,7 +50,7 @@ def test_pretrain_find_transfer_evaluate_show_verify(run, tmp_path: Path) -> Non
     assert (tmp_path / "moved" / "log.jsonl").exists() and not (tmp_path / "moved" / "checkpoint").exists()
 
     evaluated = run("evaluate", "--out", "numbers", "--quiet", "weights=moved/weights.safetensors", *DATA, *QUICK[1:])
-    assert evaluated.status == 0 and evaluated.out.split(":")[1] == moved.out.split(":")[1]
+    assert evaluated.status == 0 and evaluated.out.splitlines()[-1].split(":")[1] == moved.out.rstrip().split(":")[1]
 
     shown = run("ticket", "show", ticket)
     assert shown.status == 0 and "sparsity 48.80 %" in shown.out and "layer1.0.conv1.weight" in shown.out

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sparse_robust.attacks import PGD, Budget, parse_eps
+from sparse_robust.attacks import PGD, Budget, EngineAttack, autoattack, parse_eps
+from sparse_robust.attacks.autoattack import MEMBERS, VERSIONS, member
 from sparse_robust.data import DataSpec
 from sparse_robust.errors import UsageError, unknown
+from sparse_robust.evaluation import PRECISIONS
 from sparse_robust.models import ModelSpec
 from sparse_robust.training import Recipe
 
+ATTACKS = ("pgd", "autoattack", *(f"autoattack-{version}" for version in VERSIONS), *MEMBERS)
 FINDERS = ("imp", "oneshot", "random")
 NO_IDENTITY = {"identity": False}
 """Marks fields that say how something is done and not what: they do not enter the name of a cell."""
@@ -19,39 +22,79 @@ NO_IDENTITY = {"identity": False}
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How robust accuracy is measured: PGD in eval mode and fp32, every test image once."""
+    """How robust accuracy is measured: attacks in eval mode, verdicts in fp32, every test image once."""
 
+    attacks: tuple[str, ...] = ("pgd",)
+    """What is tried: pgd (set below), autoattack, autoattack-plus, autoattack-rand, or single attacks by name."""
     eps: str | float = "8/255"
     """Radius, in pixel units of the [0, 1] range."""
     norm: str = "Linf"
-    """Norm of the attack."""
+    """Norm of the attacks: Linf, L2 or L1."""
     steps: int = 20
     """PGD steps."""
     step_size: str | float | None = None
-    """Size of a step; None means 2.5 eps / steps."""
+    """Size of a PGD step; None means 2.5 eps / steps."""
     n_restarts: int = 1
-    """Random restarts; an image counts as robust if none succeeds."""
+    """Random restarts of PGD; an image counts as robust if none succeeds."""
+    keep: str = "first"
+    """PGD: first, an image is fooled if any iterate fools the model; last, only if the last one does (as published)."""
     seed: int = 0
-    """Seed of the attack's noise: the same for every model that is compared."""
+    """Seed of the attacks' noise: the same for every model that is compared."""
+    precision: str = "fp32"
+    """fp32, or bf16: attacks look for candidates in bf16, and fp32 confirms them."""
     images: int | None = None
     """So many of the test images, evenly spaced over the file; None for all."""
     batch_size: int = field(default=500, metadata=NO_IDENTITY)
     """Images per evaluation batch; it does not change the verdicts."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "attacks", tuple(self.attacks))
+        if not self.attacks:
+            raise UsageError(f"evaluation.attacks is empty; known: {', '.join(ATTACKS)}.")
+        if self.precision not in PRECISIONS:
+            raise unknown("evaluation precision", self.precision, PRECISIONS)
         Budget(self.norm, self.radius)
-        self.attack()
+        self.build()
+
+    def build(self) -> tuple[EngineAttack, ...]:
+        """Build the attacks.
+
+        Raises:
+            UsageError: for an unknown name, or an attack that does not know the norm.
+        """
+        built: list[EngineAttack] = []
+        for name in self.attacks:
+            if name not in ATTACKS:
+                raise unknown("attack", name, ATTACKS)
+            if name == "pgd":
+                built.append(self.attack())
+            elif name.startswith("autoattack"):
+                version = name.partition("-")[2] or "standard"
+                built.extend(autoattack(version, norm=self.norm, seed=self.seed))
+            else:
+                built.append(member(name, norm=self.norm, seed=self.seed))
+        return tuple(built)
 
     def attack(self) -> PGD:
-        """Build the attack."""
+        """Build PGD as it is set here."""
         return PGD(
-            norm=self.norm, steps=self.steps, step_size=self.step_size, n_restarts=self.n_restarts, seed=self.seed
-        )
+            norm=self.norm, steps=self.steps, step_size=self.step_size, n_restarts=self.n_restarts, keep=self.keep,
+            seed=self.seed,
+        )  # fmt: skip
+
+    def published(self) -> PGD:
+        """Build the same PGD in its published form, where the last iterate counts: its images transfer best."""
+        return replace(self.attack(), keep="last")
 
     @property
     def radius(self) -> float:
         """The radius as a number."""
         return parse_eps(self.eps)
+
+    def describe(self) -> str:
+        """Return the measurement in a few words, such as ``PGD-20, Linf eps 8/255``."""
+        named = [self.attack().name.upper() if name == "pgd" else name for name in self.attacks]
+        return f"{' + '.join(named)}, {self.norm} eps {self.eps}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,11 @@ from rich.table import Column, Table
 
 from sparse_robust.data import DataSpec, load_data
 from sparse_robust.errors import SparseRobustError
+from sparse_robust.evaluation import read_evaluation
+from sparse_robust.evaluation.console import curve_table, evaluation_table
 from sparse_robust.study.cells import Cell, FindCell, cell_name
 from sparse_robust.study.estimate import Cost, cell_cost
+from sparse_robust.study.evaluation_run import VERDICTS
 from sparse_robust.study.load import to_plain
 from sparse_robust.study.results import load_results
 from sparse_robust.study.runner import Study
@@ -131,6 +134,44 @@ def show_ticket(path: Path, console: Console | None = None) -> None:
             f"{100 * density:5.1f} % {'█' * round(8 * density)}",
         )
     console.print(table)
+
+
+def show_evaluation(folder: Path, row: dict[str, Any], console: Console | None = None) -> None:
+    """Print what `sparse-robust evaluate` found: a table for every part that was asked for."""
+    console = console or Console()
+    measured = read_evaluation(folder / VERDICTS)
+    console.print(evaluation_table(measured, norm=row["norm"]))
+    if len(row["curve"]) > 1:
+        console.print(curve_table(measured))
+    for alarm in row.get("alarms", ()):
+        mark = "[bold red]ALARM[/]" if alarm["raised"] else "[green]quiet[/]"
+        console.print(f"{mark}  {alarm['name']}: {alarm['sentence']}", highlight=False)
+    if "corruptions" in row:
+        console.print(_corruptions_table(row["corruptions"]))
+    if "transfer" in row:
+        console.print(_transfer_table(row["transfer"]))
+
+
+def _corruptions_table(found: dict[str, Any]) -> Table:
+    title = f"accuracy in % under corruption, by severity; mean {100 * found['mean']:.2f}"
+    table = Table(Column("corruption", no_wrap=True), title=title, title_justify="left")
+    severities = list(found["by_severity"])
+    for severity in severities:
+        table.add_column(severity, justify="right")
+    for name, levels in found["accuracy"].items():
+        table.add_row(name, *(f"{100 * levels[severity]:.1f}" for severity in severities))
+    table.add_section()
+    table.add_row("mean", *(f"{100 * value:.1f}" for value in found["by_severity"].values()))
+    return table
+
+
+def _transfer_table(found: dict[str, Any]) -> Table:
+    title = f"accuracy in % of the columns on images crafted on the rows ({found['attack']})"
+    table = Table("crafted on", *found["clean"], title=title, title_justify="left")
+    table.add_row("nothing", *(f"{100 * value:.1f}" for value in found["clean"].values()))
+    for source, targets in found["accuracy"].items():
+        table.add_row(source, *(f"{100 * value:.1f}" for value in targets.values()))
+    return table
 
 
 def _data_of(cell: Cell) -> DataSpec:

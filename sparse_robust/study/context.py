@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -56,14 +57,22 @@ class Context:
         trainer = Trainer(model, data, recipe, seed=seed, masks=masks, accelerator=self.accelerator, options=options)
         return trainer.fit()
 
-    def evaluate(self, model: nn.Module, data: Data, how: EvaluationConfig) -> Evaluation:
-        """Measure SA and RA on the test images, in fp32, sharded over the ranks."""
+    def evaluate(self, model: nn.Module, data: Data, how: EvaluationConfig, **options: Any) -> Evaluation:
+        """Measure SA and RA on the test images, sharded over the ranks; ``options`` are those of `evaluate`."""
         accelerator = self.accelerator
         loader = eval_loader(
             data.test, how.batch_size, device=accelerator.device, workers=self.workers, limit=how.images,
             rank=accelerator.process_index, world=accelerator.num_processes,
         )  # fmt: skip
-        return evaluate(model.to(accelerator.device), loader, [how.attack()], how.radius)
+        options = {"eps": how.radius, "check": False, **options}
+        return evaluate(
+            model.to(accelerator.device),
+            loader,
+            how.build(),
+            precision=how.precision,
+            about={"data": data.name},
+            **options,
+        )
 
     def on_main(self, action: Callable[[], None]) -> None:
         """Run ``action`` on the main process while the others wait for it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import yaml
 from sparse_robust.data import DataSpec
 from sparse_robust.errors import UsageError
 from sparse_robust.files import canonical_json, ensure_writable, read_json, sha256_file, write_json, write_text
-from sparse_robust.models import ModelSpec, check_input_size, load_model, spec_of
+from sparse_robust.models import ModelSpec
 from sparse_robust.study import stages
 from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
 from sparse_robust.study.context import Context
+from sparse_robust.study.evaluation_run import EvaluateRun
 from sparse_robust.study.load import to_plain
 from sparse_robust.training import Recipe
 
@@ -104,36 +104,6 @@ class TransferRun:
         )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateRun:
-    """``sparse-robust evaluate``: clean and robust accuracy of a weights file, on the test images."""
-
-    weights: str
-    """A weights file written by pretrain or transfer."""
-    data: DataSpec
-    evaluation: EvaluationConfig = EvaluationConfig()
-
-    def execute(self, folder: Path, context: Context) -> dict[str, Any]:
-        """Run it; ``folder`` only names the run."""
-        data, model = context.data(self.data), load_model(Path(self.weights))
-        if spec_of(model).num_classes != data.num_classes:
-            raise UsageError(
-                f"{self.weights} tells {spec_of(model).num_classes} classes apart and {data.name} has "
-                f"{data.num_classes}: "
-                "transfer it to this data set first."
-            )
-        check_input_size(model, *data.size)
-        started = time.monotonic()
-        measured = context.evaluate(model, data, self.evaluation)
-        return {
-            "sa": measured.sa,
-            "ra": measured.ra,
-            "test_images": len(measured),
-            "passes": measured.counts,
-            "seconds": time.monotonic() - started,
-        }
-
-
 Run = PretrainRun | FindRun | TransferRun | EvaluateRun
 RUNS: dict[str, type[Run]] = {
     "pretrain": PretrainRun,
@@ -147,16 +117,14 @@ def outcome(run: Run, row: dict[str, Any]) -> str:
     """Return a run's result in a line: what was found, or the accuracies and the attack they are under."""
     if isinstance(run, FindRun):
         return f"{len(row['tickets'])} tickets, up to {row['tickets'][-1]['sparsity']:.2f} % sparse"
-    how = run.evaluation
-    attack = f"PGD-{how.steps}, {how.norm} eps {how.eps}" + (
-        f", {how.n_restarts} restarts" if how.n_restarts > 1 else ""
-    )
-    return f"SA {row['sa']:.2f} %  RA {row['ra']:.2f} %  ({attack}; {row['test_images']} test images)"
+    how = f"{run.evaluation.describe()}; {row['test_images']} test images"
+    return f"SA {row['sa']:.2f} %  RA {row['ra']:.2f} %  ({how})"
 
 
 def _inputs(run: Run) -> dict[str, str]:
     """Return the sha256 of the files a run reads: the same path may hold something else tomorrow."""
-    paths = [getattr(run, name, None) for name in ("weights", "ticket", "checkpoint")]
+    paths = [getattr(run, name, None) for name in ("weights", "ticket", "checkpoint", "parent")]
+    paths += getattr(run, "sources", ())
     return {path: sha256_file(path) for path in paths if path is not None and Path(path).is_file()}
 
 
