@@ -30,6 +30,7 @@ def main() -> None:
             optimizer.step()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
+    model.eval()
     result = sr.evaluate(model, eval_loader(data.test, 200), attacks=[sr.attacks.PGD(steps=20)], eps=EPS)
     zeros = sum(int((model.get_parameter(name) == 0).sum()) for name in masks.names())
     print(f"clean {100 * result.clean:.1f} %, robust {100 * result.robust:.1f} % at eps {EPS}")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
@@ -23,6 +23,14 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names["result"].images.shape == (8, 1, 28, 28)  # type: ignore[attr-defined]
     assert names["masks"].sparsity == pytest.approx(0.9, abs=1e-4)  # type: ignore[attr-defined]
     assert (tmp_path / "masks.safetensors").exists()
+
+
+def test_the_code_of_the_evaluation_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.S):
+        exec(compile(block, "evaluation.md", "exec"), names)
+    assert len(names["result"]) == 32 and (tmp_path / "verdicts.csv").exists()  # type: ignore[arg-type]
 
 
 def test_what_the_documents_link_to_is_there() -> None:
