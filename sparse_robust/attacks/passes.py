@@ -94,8 +94,8 @@ class Passes:
     def sizes(self, images: Tensor, *, gradient: bool) -> tuple[int, ...]:
         """Return the canonical batch sizes, ascending: `chunk`, and the powers of two below it with the same bits.
 
-        Each is tried once for a model and an image shape, on the images at hand. One that differs anywhere ends the
-        search: smaller ones rarely agree then.
+        Each is tried once for a model and an image shape, on the images at hand, at both ends of the chunk. One that
+        differs anywhere ends the search: smaller ones rarely agree then.
         """
         key = (self.chunk, gradient, images.shape[1:], images.dtype, images.device, torch.get_num_threads())
         known = self._known_sizes()
@@ -121,6 +121,8 @@ class Passes:
             return differentiate(self.model, part, lambda logits: torch.logsumexp(logits, 1) - logits[:, 0])
 
         whole, agreed, size = bits(rows), set[int](), self.chunk
+        if not all(torch.equal(a, b.flip(0)) for a, b in zip(bits(rows.flip(0)), whole, strict=True)):
+            return agreed  # where the place in the batch matters, another size is not even worth a try
         while size > 1:
             size = 1 << (size - 1).bit_length() - 1  # the next power of two below
             for where in (slice(0, size), slice(self.chunk - size, self.chunk)):
