@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from sparse_robust_kernels import backends
-from sparse_robust_kernels.pgd_step import l2_start, l2_step, linf_project, linf_start, linf_step
+from sparse_robust_kernels.pgd_step import (
+    l2_random_start,
+    l2_start,
+    l2_step,
+    linf_project,
+    linf_random_start,
+    linf_start,
+    linf_step,
+    linf_step_normalized,
+    rgd_step,
+)
 from sparse_robust_kernels.rng import philox_uniform
 
 EPS = 8 / 255
@@ -147,6 +157,67 @@ def test_l2_start_survives_the_ends_of_the_unit_interval() -> None:
     assert started.isfinite().all() and (started - 0.5).norm() <= 0.25 * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("step_size", [0.0, 3.0, torch.tensor([0.0, 0.5, 1.0, 30.0, 1e4])])
+def test_rgd_adds_up_what_it_hides_and_clips_what_it_shows(step_size: float | Tensor) -> None:
+    x_adv, x, grad = batch()
+    hidden, shown = rgd_step(10 * (x_adv - x), x, grad, step_size=step_size, eps=EPS)
+    sizes = step_size.tolist() if isinstance(step_size, Tensor) else [step_size] * 5
+    for i, size in enumerate(sizes):
+        meant = (10 * (x_adv - x)).numpy()[i] + np.float32(size) * grad.numpy()[i]
+        assert hidden[i].numpy().tobytes() == meant.tobytes()
+        low, high = np.maximum(x[i].numpy() - np.float32(EPS), 0), np.minimum(x[i].numpy() + np.float32(EPS), 1)
+        assert np.array_equal(shown[i].numpy(), np.clip(x[i].numpy() + meant, low, high))
+
+
+def test_rgd_survives_wild_gradients() -> None:
+    x = torch.full((1, 5), 0.5)
+    grad = torch.tensor([[math.nan, math.inf, -math.inf, 3e38, -3e38]])
+    hidden, shown = rgd_step(torch.zeros(1, 5), x, grad, step_size=1e3, eps=0.25)
+    assert hidden.tolist() == torch.tensor([[0, 0, 0, 1e30, -1e30]]).tolist()
+    assert shown.tolist() == [[0.5, 0.5, 0.5, 0.75, 0.25]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_normalised_output_is_what_a_model_would_make_of_the_step(dtype: torch.dtype) -> None:
+    x_adv, x, grad = batch()
+    mean, std = torch.rand(3), torch.rand(3) + 0.1
+    stepped, fed = linf_step_normalized(x_adv, x, grad, mean, std, step_size=0.01, eps=EPS, dtype=dtype)
+    assert torch.equal(stepped, linf_step(x_adv, x, grad, step_size=0.01, eps=EPS))
+    assert torch.equal(fed, ((stepped - mean[:, None, None]) / std[:, None, None]).to(dtype))
+    assert fed.is_contiguous(memory_format=torch.channels_last) and stepped.is_contiguous()
+
+
+def test_random_starts_are_starts_from_counted_numbers() -> None:
+    x, ids, stream = torch.rand(3, 2, 5), torch.tensor([4, 0, 2**40]), torch.tensor([1, 0, 7])
+    drawn = philox_uniform(ids, 12, key=9, stream=stream)
+    started = linf_random_start(x, ids, key=9, stream=stream, eps=0.1)
+    assert torch.equal(started, linf_start(x, drawn[:, :10].contiguous(), eps=0.1))
+    assert torch.equal(l2_random_start(x, ids, key=9, stream=stream, eps=0.1), l2_start(x, drawn, eps=0.1))
+    assert linf_random_start(x[:0], ids[:0], key=9, stream=0, eps=0.1).shape == (0, 2, 5)
+
+
+def test_wrong_arguments_of_the_newer_operations_are_named() -> None:
+    x, ids, three = torch.rand(2, 3, 4, 4), torch.arange(2), torch.ones(3)
+    normalized: dict[str, Any] = {"step_size": 0.1, "eps": 0.1}
+    with pytest.raises(ValueError, match="mean must be torch.float32"):
+        linf_step_normalized(x, x, x, three.double(), three, **normalized)
+    with pytest.raises(ValueError, match=r"std must be torch.float32 \(3,\)"):
+        linf_step_normalized(x, x, x, three, torch.ones(4), **normalized)
+    with pytest.raises(ValueError, match="a model is fed"):
+        linf_step_normalized(x, x, x, three, three, **normalized, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"\[n, C, H, W\]"):
+        linf_step_normalized(x[0], x[0], x[0], three, three, **normalized)
+    with pytest.raises(ValueError, match=r"step_size must be a number or torch.float32 \(2,\)"):
+        rgd_step(x, x, x, step_size=three, eps=0.1)
+    with pytest.raises(ValueError, match="step_size must be 0 or more"):
+        rgd_step(x, x, x, step_size=-1.0, eps=0.1)
+    for start in (linf_random_start, l2_random_start):
+        with pytest.raises(ValueError, match="3 ids on cpu, but 2 images"):
+            start(x, torch.arange(3), key=0, stream=0, eps=0.1)
+        with pytest.raises(ValueError, match="key takes 64 bits"):
+            start(x, ids, key=-1, stream=0, eps=0.1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -176,5 +247,5 @@ def test_noise_of_another_size_is_refused() -> None:
 
 
 def test_the_references_are_listed() -> None:
-    for name in ("linf_step", "linf_project", "linf_start", "l2_step", "l2_start"):
-        assert "reference" in backends(f"pgd_step.{name}")
+    for name in ("linf_step", "linf_project", "linf_start", "l2_step", "l2_start", "rgd_step"):
+        assert backends(f"pgd_step.{name}") == ("reference", "compile")

@@ -1,7 +1,8 @@
-"""Masks of one bit a weight: pack, unpack, count, and zero what is pruned.
+"""Masks of one bit a weight: pack, unpack, count, zero what is pruned, and copy what is kept.
 
-Bit order is little-endian: element ``i`` of the flattened (logical, row-major) weight is bit ``i % 8`` of byte
-``i // 8``, and the spare bits of the last byte are 0. A set bit means that the weight is kept.
+Packed masks are little-endian: element ``i`` of the flattened (logical, row-major) weight is bit ``i % 8`` of byte
+``i // 8``, and the spare bits of the last byte are 0. A set bit means that the weight is kept. A `MaskTable` holds the
+masks of all layers in the order of memory, for the operations that run over a whole model.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from sparse_robust_kernels._dispatch import resolve
 from sparse_robust_kernels.masks import reference as _reference  # noqa: F401  (registers itself)
+from sparse_robust_kernels.masks.table import MaskTable
 
-__all__ = ["count_bits", "pack_bits", "unpack_bits", "zero_"]
+__all__ = ["MaskTable", "count_bits", "masked_copy", "pack_bits", "unpack_bits", "zero_"]
 
 
 def pack_bits(keep: Tensor, backend: str = "auto") -> Tensor:
@@ -48,26 +50,78 @@ def count_bits(packed: Tensor, backend: str = "auto") -> Tensor:
     return count
 
 
-def zero_(tensors: Sequence[Tensor], keep: Sequence[Tensor], backend: str = "auto") -> None:
+def zero_(tensors: Sequence[Tensor | None], keep: MaskTable | Sequence[Tensor], backend: str = "auto") -> None:
     """Set ``tensors[i]`` to +0.0 in place wherever ``keep[i]`` is False; every other bit stays as it is.
 
-    Inf and NaN under the mask are cleared too. No gradient is recorded.
+    Inf and NaN under the mask are cleared too. No gradient is recorded. On a GPU all tensors of one width of float take
+    one launch.
 
     Args:
-        tensors: floating-point tensors on one device, any memory format.
-        keep: bool tensors of the same shapes on the same device.
+        tensors: floating-point tensors on one device, any memory format: weights, gradients, momentum. None, such as a
+            gradient that is not there, is left out.
+        keep: a table made for tensors of these shapes, which is what to pass in a loop; or bool tensors of the same
+            shapes on the same device, and then no tensor may be None.
     """
-    if len(tensors) != len(keep):
-        raise ValueError(f"zero_ takes one mask a tensor, got {len(tensors)} tensors and {len(keep)} masks")
-    for index, (tensor, mask) in enumerate(zip(tensors, keep, strict=True)):
-        if not tensor.is_floating_point() or mask.dtype != torch.bool:
-            raise ValueError(f"tensor {index}: expected a float and a bool mask, got {tensor.dtype} and {mask.dtype}")
-        if tensor.shape != mask.shape:
-            raise ValueError(f"tensor {index}: shape {tuple(tensor.shape)}, but its mask {tuple(mask.shape)}")
-        if not tensor.device == mask.device == tensors[0].device:
-            raise ValueError(f"tensor {index}: on {tensor.device}, its mask on {mask.device}; one device is needed")
-    if tensors:
-        resolve("masks.zero_", backend, tensors[0].device)(tensors, keep)
+    if not isinstance(keep, MaskTable):
+        if len(tensors) != len(keep):
+            raise ValueError(f"zero_ takes one mask a tensor, got {len(tensors)} tensors and {len(keep)} masks")
+        keep = MaskTable(keep, [_present(index, tensor) for index, tensor in enumerate(tensors)])
+    else:
+        _check_fits(tensors, keep)
+    resolve("masks.zero_", backend, keep.device)(tensors, keep)
+
+
+def masked_copy(
+    sources: Sequence[Tensor],
+    keep: MaskTable | Sequence[Tensor | None],
+    targets: Sequence[Tensor],
+    backend: str = "auto",
+) -> None:
+    """Write ``sources[i]`` to ``targets[i]`` where ``keep[i]`` is True, and +0.0 elsewhere: a masked compute copy.
+
+    Values are rounded to the target's type, to the nearest with ties to even. NaN stays NaN, with any payload. On a GPU
+    all tensors of one pair of types take one launch. No gradient is recorded.
+
+    Args:
+        sources: floating-point tensors on one device, such as the weights of a model.
+        keep: a table made for the targets, which is what to pass in a loop; or bool tensors, None for a tensor that is
+            copied whole.
+        targets: tensors of the sources' shapes, any type and memory format. Where source and target lie in memory in
+            different orders, a GPU makes one copy more.
+    """
+    if len(sources) != len(targets):
+        raise ValueError(f"masked_copy takes one target a source, got {len(sources)} and {len(targets)}")
+    if not isinstance(keep, MaskTable):
+        keep = MaskTable(keep, targets)
+    _check_fits(sources, keep)
+    _check_fits(targets, keep)
+    pairs = {(s.dtype, t.dtype) for s, t in zip(sources, targets, strict=True)}
+    unfit = ", ".join(f"{have} to {want}" for have, want in sorted(pairs - _COPIED, key=str) if have != want)
+    resolve("masks.masked_copy", backend, keep.device, unfit=unfit)(sources, keep, targets)
+
+
+_COPIED = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
+"""Pairs of types that the kernels convert; equal ones are only copied."""
+
+
+def _present(index: int, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"tensor {index} is None: make a MaskTable of all tensors and pass that")
+    return tensor
+
+
+def _check_fits(tensors: Sequence[Tensor | None], table: MaskTable) -> None:
+    if len(tensors) != len(table):
+        raise ValueError(f"the table has masks of {len(table)} tensors, got {len(tensors)} tensors")
+    for index, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        if tensor.shape != table.shapes[index]:
+            raise ValueError(f"tensor {index}: shape {tuple(tensor.shape)}, but its mask {tuple(table.shapes[index])}")
+        if tensor.device != table.device:
+            raise ValueError(f"tensor {index}: on {tensor.device}, its mask on {table.device}; one device is needed")
+        if not tensor.is_floating_point():
+            raise ValueError(f"tensor {index}: expected a float, got {tensor.dtype}")
 
 
 def _check_packed(packed: Tensor) -> None:

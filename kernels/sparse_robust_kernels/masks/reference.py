@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_robust_kernels._dispatch import register
+from sparse_robust_kernels.masks.table import MaskTable
 
 # The integer type of a float's width: its bits can be cleared whatever the float holds.
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,8 +38,25 @@ def count_bits(packed: Tensor) -> Tensor:
 
 
 @register("masks.zero_", "reference")
-def zero_(tensors: Sequence[Tensor], keep: Sequence[Tensor]) -> None:
-    """Clear every bit where ``keep`` is False. A product would leave -0.0 there, and NaN where inf or NaN was."""
-    for tensor, mask in zip(tensors, keep, strict=True):
-        bits = tensor.detach().view(_INTEGER[tensor.element_size()])
-        bits.bitwise_and_(mask.to(bits.dtype).neg_())  # -1 has every bit set
+def zero_(tensors: Sequence[Tensor | None], masks: MaskTable) -> None:
+    """Clear every bit where a weight is not kept. A product would leave -0.0 there, and NaN where inf or NaN was."""
+    for index, tensor in enumerate(tensors):
+        if tensor is not None:
+            zero_one_(tensor, masks, index)
+
+
+def zero_one_(tensor: Tensor, masks: MaskTable, index: int) -> None:
+    """`zero_` for one tensor of any layout."""
+    bits = tensor.detach().view(_INTEGER[tensor.element_size()])
+    if masks.in_memory_order(index, tensor):
+        bits.as_strided((bits.numel(),), (1,)).bitwise_and_(masks.wide(index, bits.dtype))
+    else:
+        bits.bitwise_and_(masks.logical(index, bits.dtype))
+
+
+@register("masks.masked_copy", "reference")
+def masked_copy(sources: Sequence[Tensor], masks: MaskTable, targets: Sequence[Tensor]) -> None:
+    """Copy with torch's own rounding, to the nearest with ties to even, then clear what is not kept."""
+    for source, target in zip(sources, targets, strict=True):
+        target.detach().copy_(source.detach())
+    zero_(targets, masks)

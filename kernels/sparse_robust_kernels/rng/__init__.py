@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_robust_kernels._dispatch import resolve
 from sparse_robust_kernels.rng import reference as _reference  # noqa: F401  (registers itself)
 
-__all__ = ["philox_uniform"]
+__all__ = ["check_counter", "philox_uniform"]
 
 
 def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor, backend: str = "auto") -> Tensor:
@@ -28,10 +28,17 @@ def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor, b
     Raises:
         ValueError: if an argument is not of that kind.
     """
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise ValueError(f"ids must be int64 [n], got {ids.dtype} {tuple(ids.shape)}")
+    check_counter(ids, key, stream)
     if not 0 <= numel <= 2**34:
         raise ValueError(f"numel must be in 0..2**34, got {numel}")
+    generated: Tensor = resolve("rng.philox_uniform", backend, ids.device)(ids, numel, key=key, stream=stream)
+    return generated
+
+
+def check_counter(ids: Tensor, key: int, stream: int | Tensor) -> None:
+    """Check what names the numbers of a draw, as `philox_uniform` describes it."""
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(f"ids must be int64 [n], got {ids.dtype} {tuple(ids.shape)}")
     if not 0 <= key < 2**64:
         raise ValueError(f"key takes 64 bits, got {key}")
     if isinstance(stream, Tensor):
@@ -41,5 +48,3 @@ def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor, b
             )
     elif not 0 <= stream < 2**32:
         raise ValueError(f"stream takes 32 bits, got {stream}")
-    generated: Tensor = resolve("rng.philox_uniform", backend, ids.device)(ids, numel, key=key, stream=stream)
-    return generated

@@ -1,0 +1,279 @@
+"""Bit masks in Triton: a word of 32 bits is one load, and each of its bits meets one weight of a row of 32.
+
+Every kernel has a path for whole blocks without bounds, so that accesses are 128 bits wide whatever the length, and one
+for the last block of a tensor. Floats are moved as integers of their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_robust_kernels._dispatch import opaque, register
+from sparse_robust_kernels.masks.reference import zero_one_
+from sparse_robust_kernels.masks.table import WORDS, MaskTable
+
+COUNTED = 1024
+"""Words that one program of the counting kernel sums."""
+
+
+@triton.jit
+def pack_kernel(keep, words, numel, WORDS: tl.constexpr):
+    """``keep`` uint8 [numel] -> ``words`` int32 [ceil(numel / 32)]."""
+    block = tl.program_id(0).to(tl.int64)
+    word = block * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, 32)
+    element = word[:, None] * 32 + bit[None, :]
+    if (block + 1) * WORDS * 32 <= numel:
+        flags = tl.load(keep + element)
+        tl.store(words + word, tl.sum(flags.to(tl.int32) << bit[None, :], axis=1))
+    else:
+        flags = tl.load(keep + element, mask=element < numel, other=0)
+        tl.store(words + word, tl.sum(flags.to(tl.int32) << bit[None, :], axis=1), mask=word * 32 < numel)
+
+
+@triton.jit
+def unpack_kernel(words, keep, numel, WORDS: tl.constexpr):
+    """``words`` int32 [ceil(numel / 32)] -> ``keep`` uint8 [numel] of 0 and 1."""
+    block = tl.program_id(0).to(tl.int64)
+    word = block * WORDS + tl.arange(0, WORDS)
+    bit = tl.arange(0, 32)
+    element = word[:, None] * 32 + bit[None, :]
+    if (block + 1) * WORDS * 32 <= numel:
+        bits = tl.load(words + word)
+        tl.store(keep + element, ((bits[:, None] >> bit[None, :]) & 1).to(tl.uint8))
+    else:
+        bits = tl.load(words + word, mask=word * 32 < numel, other=0)
+        tl.store(keep + element, ((bits[:, None] >> bit[None, :]) & 1).to(tl.uint8), mask=element < numel)
+
+
+@triton.jit
+def count_kernel(words, count, numel, BLOCK: tl.constexpr):
+    """Add the number of set bits of ``words`` int32 [numel] to the int64 ``count``."""
+    block = tl.program_id(0).to(tl.int64)
+    word = block * BLOCK + tl.arange(0, BLOCK)
+    if (block + 1) * BLOCK <= numel:  # noqa: SIM108  (a ternary would load both)
+        bits = tl.load(words + word)
+    else:
+        bits = tl.load(words + word, mask=word < numel, other=0)
+    bits = bits.to(tl.uint32, bitcast=True)
+    pairs = bits - ((bits >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    halves = octets + (octets >> 8)
+    ones = (halves + (halves >> 16)) & 0x3F
+    tl.atomic_add(count, tl.sum(ones.to(tl.int32), axis=0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def _every_bit(words, WORDS: tl.constexpr):
+    """Return int32 [WORDS, 32] for this program's block: -1 where a bit is set, 0 elsewhere."""
+    first = tl.program_id(0).to(tl.int64) * WORDS
+    bits = tl.load(words + first + tl.arange(0, WORDS))
+    return -((bits[:, None] >> tl.arange(0, 32)[None, :]) & 1)
+
+
+@triton.jit
+def zero_kernel(addresses, sizes, blocks, words, INTEGER: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr):
+    """Clear floats, seen as INTEGER, where the bits in ``words`` are 0. A tensor with the address 0 is left out."""
+    block = tl.program_id(0)
+    owner = tl.load(blocks + 2 * block)
+    first = tl.load(blocks + 2 * block + 1).to(tl.int64) * (WORDS * 32)
+    address = tl.load(addresses + owner)
+    if address != 0:
+        size = tl.load(sizes + owner)
+        values = address.to(tl.pointer_type(INTEGER))
+        if ALIGNED:
+            values = tl.multiple_of(values, 16)
+        kept = _every_bit(words, WORDS).to(INTEGER)
+        element = first + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        if first + WORDS * 32 <= size:
+            tl.store(values + element, tl.load(values + element) & kept)
+        else:
+            inside = element < size
+            tl.store(values + element, tl.load(values + element, mask=inside, other=0) & kept, mask=inside)
+
+
+@triton.jit
+def _rounded(bits, TARGET: tl.constexpr):
+    """Return the bits of fp32 values (int32) as those of TARGET, to the nearest with ties to even; NaN stays NaN."""
+    if TARGET == "bf16":
+        unsigned = bits.to(tl.uint32, bitcast=True)
+        nearest = (unsigned + 0x7FFF + ((unsigned >> 16) & 1)) >> 16
+        is_nan = (unsigned & 0x7FFFFFFF) > 0x7F800000
+        return tl.where(is_nan, 0x7FC0, nearest).to(tl.int16)
+    elif TARGET == "fp16":
+        return bits.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        return bits
+
+
+@triton.jit
+def copy_kernel(
+    sources, targets, sizes, blocks, words,
+    SOURCE: tl.constexpr, INTEGER: tl.constexpr, TARGET: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Write the kept floats of ``sources`` to ``targets``, and +0.0 for the others; see `zero_kernel`."""
+    block = tl.program_id(0)
+    owner = tl.load(blocks + 2 * block)
+    first = tl.load(blocks + 2 * block + 1).to(tl.int64) * (WORDS * 32)
+    address = tl.load(sources + owner)
+    if address != 0:
+        size = tl.load(sizes + owner)
+        source = address.to(tl.pointer_type(SOURCE))
+        target = tl.load(targets + owner).to(tl.pointer_type(INTEGER))
+        if ALIGNED:
+            source = tl.multiple_of(source, 16)
+            target = tl.multiple_of(target, 16)
+        kept = _every_bit(words, WORDS).to(INTEGER)
+        element = first + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        if first + WORDS * 32 <= size:
+            tl.store(target + element, _rounded(tl.load(source + element), TARGET) & kept)
+        else:
+            inside = element < size
+            bits = tl.load(source + element, mask=inside, other=0)
+            tl.store(target + element, _rounded(bits, TARGET) & kept, mask=inside)
+
+
+@register("masks.pack_bits", "triton", devices=("cuda",))
+@opaque("masks.pack_bits", fake=lambda keep: keep.new_empty(-(-keep.numel() // 8), dtype=torch.uint8))
+def pack_bits(keep: Tensor) -> Tensor:
+    """See `sparse_robust_kernels.masks.pack_bits`."""
+    numel, keep = keep.numel(), keep.contiguous()
+    packed = torch.empty(4 * triton.cdiv(numel, 32), dtype=torch.uint8, device=keep.device)
+    if numel:
+        with _on(keep.device):
+            grid = (triton.cdiv(numel, 32 * WORDS),)
+            pack_kernel[grid](keep.view(torch.uint8), packed.view(torch.int32), numel, WORDS=WORDS)
+    return packed[: triton.cdiv(numel, 8)]
+
+
+@register("masks.unpack_bits", "triton", devices=("cuda",))
+@opaque("masks.unpack_bits", fake=lambda packed, numel: packed.new_empty(numel, dtype=torch.bool))
+def unpack_bits(packed: Tensor, numel: int) -> Tensor:
+    """See `sparse_robust_kernels.masks.unpack_bits`."""
+    keep = torch.empty(numel, dtype=torch.bool, device=packed.device)
+    if numel:
+        with _on(packed.device):
+            grid = (triton.cdiv(numel, 32 * WORDS),)
+            unpack_kernel[grid](_as_words(packed), keep.view(torch.uint8), numel, WORDS=WORDS)
+    return keep
+
+
+@register("masks.count_bits", "triton", devices=("cuda",))
+@opaque("masks.count_bits", fake=lambda packed: packed.new_empty((), dtype=torch.int64))
+def count_bits(packed: Tensor) -> Tensor:
+    """See `sparse_robust_kernels.masks.count_bits`."""
+    count = torch.zeros((), dtype=torch.int64, device=packed.device)
+    if packed.numel():
+        words = _as_words(packed)
+        with _on(packed.device):
+            count_kernel[(triton.cdiv(len(words), COUNTED),)](words, count, len(words), BLOCK=COUNTED)
+    return count
+
+
+@register("masks.zero_", "triton", devices=("cuda",))
+def zero_(tensors: Sequence[Tensor | None], masks: MaskTable) -> None:
+    """See `sparse_robust_kernels.masks.zero_`: one launch for each width of float, which is one for most models."""
+    ready: dict[int, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor is None or not tensor.numel():
+            continue
+        if masks.in_memory_order(index, tensor):
+            ready.setdefault(tensor.element_size(), []).append(index)
+        else:
+            zero_one_(tensor, masks, index)
+    for owners in ready.values():
+        _zero([tensors[i].detach() for i in owners], owners, masks.sizes, masks.blocks, masks.words)  # type: ignore[union-attr]
+
+
+@opaque("masks.zero_", fake=lambda *_: None, mutates=("tensors",))
+def _zero(tensors: Sequence[Tensor], owners: Sequence[int], sizes: Tensor, blocks: Tensor, words: Tensor) -> None:
+    """Zero tensors of one width, which own these rows of the table."""
+    addresses, aligned = _addresses(tensors, owners, sizes)
+    with _on(words.device):
+        zero_kernel[(len(words),)](
+            addresses, sizes, blocks, words,
+            INTEGER=_INTEGER[tensors[0].element_size()], ALIGNED=aligned, WORDS=WORDS,
+        )  # fmt: skip
+
+
+@register("masks.masked_copy", "triton", devices=("cuda",))
+def masked_copy(sources: Sequence[Tensor], masks: MaskTable, targets: Sequence[Tensor]) -> None:
+    """See `sparse_robust_kernels.masks.masked_copy`: one launch for each pair of types."""
+    ready: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    sources, targets = [source.detach() for source in sources], [target.detach() for target in targets]
+    for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if not masks.in_memory_order(index, target):
+            zero_one_(target.copy_(source), masks, index)
+        elif target.numel():
+            if not masks.in_memory_order(index, source):
+                sources[index] = torch.empty_like(target, dtype=source.dtype).copy_(source)
+            ready.setdefault((source.dtype, target.dtype), []).append(index)
+    for owners in ready.values():
+        of = [sources[i] for i in owners], [targets[i] for i in owners]
+        _copy(*of, owners, masks.sizes, masks.blocks, masks.words)
+
+
+@opaque("masks.masked_copy", fake=lambda *_: None, mutates=("targets",))
+def _copy(
+    sources: Sequence[Tensor], targets: Sequence[Tensor], owners: Sequence[int],
+    sizes: Tensor, blocks: Tensor, words: Tensor,
+) -> None:  # fmt: skip
+    """Copy tensors of one pair of types, which own these rows of the table."""
+    have, want = sources[0].dtype, targets[0].dtype
+    from_, from_aligned = _addresses(sources, owners, sizes)
+    to, to_aligned = _addresses(targets, owners, sizes)
+    with _on(words.device):
+        copy_kernel[(len(words),)](
+            from_, to, sizes, blocks, words,
+            SOURCE=_INTEGER[have.itemsize], INTEGER=_INTEGER[want.itemsize],
+            TARGET="same" if have == want else _CONVERTED[want],
+            ALIGNED=from_aligned and to_aligned, WORDS=WORDS,
+        )  # fmt: skip
+
+
+_INTEGER = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+_CONVERTED = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _addresses(tensors: Sequence[Tensor], owners: Sequence[int], sizes: Tensor) -> tuple[Tensor, bool]:
+    """Return int64 addresses for a launch, 0 for rows that no tensor owns, and whether all are multiples of 16.
+
+    Gradients that are views of a bucket may start anywhere; they are then read in smaller pieces.
+    """
+    row = [0] * len(sizes)
+    for owner, tensor in zip(owners, tensors, strict=True):
+        row[owner] = tensor.data_ptr()
+    addresses = _on_device(tuple(row), sizes.device)
+    if sizes.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(addresses)
+    return addresses, all(address % 16 == 0 for address in row)
+
+
+_captured: list[Tensor] = []
+"""Addresses that a CUDA graph reads in every replay; the cache below may forget them."""
+
+
+@lru_cache(maxsize=64)
+def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return int64 addresses on a device. A training loop has the same ones in every step, so they travel once."""
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def _as_words(packed: Tensor) -> Tensor:
+    """Return flat uint8 as int32, padded with zeros to whole words; a view where that is possible."""
+    if packed.numel() % 4 or packed.data_ptr() % 4 or packed.storage_offset() % 4:
+        packed = torch.nn.functional.pad(packed, (0, -packed.numel() % 4))
+    return packed.contiguous().view(torch.int32)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on this device, whichever is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
