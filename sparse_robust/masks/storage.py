@@ -1,11 +1,23 @@
-"""The file of a mask set: packed bits in safetensors, and metadata that says everything needed to check them."""
+"""The file of a mask set: deflated bits in safetensors, and metadata that says everything needed to check them.
+
+Version 2: each tensor is one zlib stream (RFC 1950) of the packed bits of its weight. Version 1, which is still read,
+held the packed bits as they are.
+
+A random mask has no repetitions, only bytes that are more and less frequent, so the Huffman half of deflate alone comes
+within 2 % of its entropy at 90 % sparsity (0.478 against 0.469 bit a weight) where searching for matches costs 20 %.
+A regular mask (all kept, channels, blocks, N:M) is the reverse. Both are tried, and the shorter is written; the stream
+says itself how it is read.
+"""
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -14,7 +26,8 @@ from sparse_robust.errors import FileError
 from sparse_robust.files import atomic_write, canonical_json
 
 FORMAT = "sparse_robust.masks"
-VERSION = "1"
+VERSION = "2"
+READABLE = ("1", "2")
 METADATA = "sparse_robust"
 
 Layer = tuple[str, tuple[int, ...], int]
@@ -34,10 +47,10 @@ def parse(metadata: Mapping[str, str], source: str | Path) -> tuple[list[Layer],
     """
     if metadata.get("format") != FORMAT:
         raise FileError(f"{source} holds no masks: expected the format {FORMAT!r}, got {metadata.get('format')!r}.")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in READABLE:
         raise FileError(
-            f"{source} has version {metadata.get('version')!r} of the mask format, and this package reads {VERSION!r}. "
-            "Update sparse_robust, or make the masks again."
+            f"{source} has version {metadata.get('version')!r} of the mask format, and this package reads "
+            f"{', '.join(READABLE)}. Update sparse_robust, or make the masks again."
         )
     try:
         layers = [
@@ -52,18 +65,19 @@ def parse(metadata: Mapping[str, str], source: str | Path) -> tuple[list[Layer],
     return layers, digest
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, atomically. Equal tensors and metadata give equal bytes."""
+def write(path: str | Path, packed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write packed bits, flat uint8 by name, as a safetensors file, atomically. Equal content gives equal bytes."""
+    streams = {name: _deflate(bits) for name, bits in packed.items()}
     # One key, because safetensors writes several in an order that changes from process to process.
-    content = save(dict(tensors), {METADATA: canonical_json(metadata)})
+    content = save(streams, {METADATA: canonical_json({**metadata, "version": VERSION})})
     atomic_write(path, lambda temporary: temporary.write_bytes(content) and None)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
+    """Return the packed bits and the metadata of a file that this or an earlier version wrote.
 
     Raises:
-        FileError: if there is no such file, or it is not a whole safetensors file.
+        FileError: if there is no such file, it is not a whole safetensors file, or bits cannot be unpacked.
     """
     if not Path(path).is_file():
         raise FileError(f"{path} does not exist or is not a file.")
@@ -79,4 +93,37 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError("a value is no text")
     except (AttributeError, ValueError) as error:
         raise FileError(f"{path} is damaged: its metadata cannot be read ({error}).") from error
+    if metadata.get("format") == FORMAT and metadata.get("version") == VERSION:
+        for name, shape, _ in parse(metadata, path)[0]:
+            if name in tensors:
+                tensors[name] = _inflate(tensors[name], -(-prod(shape) // 8), f"{path} is damaged: the bits of {name}")
     return tensors, metadata
+
+
+def _deflate(bits: Tensor) -> Tensor:
+    """Return the shorter of two zlib streams of a flat uint8 tensor, as a tensor."""
+    data = bits.numpy().tobytes()
+    coder = zlib.compressobj(level=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    stream = min(coder.compress(data) + coder.flush(), zlib.compress(data), key=len)
+    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+
+
+def _inflate(stream: Tensor, size: int, what: str) -> Tensor:
+    """Return the ``size`` bytes that `_deflate` was given; ``what`` begins the message of an error.
+
+    A stream of more bytes gives one byte too many, never all of them, so that a small file cannot fill the memory.
+    """
+    if stream.dtype != torch.uint8 or stream.dim() != 1:
+        raise FileError(f"{what} are {stream.dtype} {tuple(stream.shape)}; expected a zlib stream, flat uint8.")
+    decoder = zlib.decompressobj()
+    try:
+        data = decoder.decompress(stream.numpy().tobytes(), size + 1)
+    except zlib.error as error:
+        raise FileError(f"{what} cannot be unpacked ({error}). Copy or make it again.") from error
+    if len(data) != size:
+        raise FileError(
+            f"{what} should take {size} bytes when unpacked, and take {'fewer' if len(data) < size else 'more'}."
+        )
+    if not decoder.eof or decoder.unused_data:
+        raise FileError(f"{what} do not end where they should. Copy or make it again.")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)

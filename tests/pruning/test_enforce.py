@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from sparse_robust.errors import UsageError
 from sparse_robust.masks import Masks
 from sparse_robust.pruning import MaskViolation, enforce, prune
+from sparse_robust_kernels.masks import zero_
 
 Make = Callable[..., nn.Module]
 Batches = list[tuple[Tensor, Tensor]]
@@ -72,6 +74,92 @@ def test_weights_gradients_and_slots_are_positive_zero_after_every_step(
         step(model, optimizer, batches[index % len(batches)])
     assert len(steps) == 60
     enforcement.verify()
+
+
+Disturb = Callable[[nn.Module, Optimizer, Tensor], None]
+
+
+def write_weights(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    with torch.no_grad():
+        model.conv2.weight[pruned] = 1.0
+
+
+def write_weights_unseen(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    model.conv2.weight.data[pruned] = float("nan")
+
+
+def write_state(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    for value in optimizer.state[model.conv2.weight].values():
+        if value.shape == pruned.shape:
+            value[pruned] = float("inf")
+
+
+def restore_state(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    state = copy.deepcopy(optimizer.state_dict())
+    for held in state["state"].values():
+        for value in held.values():
+            if value is not None:
+                value.add_(1.0)
+    optimizer.load_state_dict(state)
+
+
+def negate_and_fill_gradients_later(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    def fill(*_: object) -> None:
+        model.conv2.weight.grad.neg_()[pruned] = 5.0
+
+    optimizer.register_step_pre_hook(fill)
+
+
+def replace_gradients_later(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    optimizer.register_step_pre_hook(lambda *_: setattr(model.conv2.weight, "grad", torch.ones(pruned.shape)))
+
+
+def decay_that_turns_signs(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    optimizer.param_groups[0].update(weight_decay=1e4, lr=1e-3)
+
+
+def no_epsilon(model: nn.Module, optimizer: Optimizer, pruned: Tensor) -> None:
+    optimizer.param_groups[0]["eps"] = 0.0
+
+
+@pytest.mark.acceptance("double-win", "A-12")
+@pytest.mark.parametrize("name", ["sgd", "adamw", "fused", "foreach", "adagrad"])
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        write_weights, write_weights_unseen, write_state, restore_state, negate_and_fill_gradients_later,
+        replace_gradients_later, decay_that_turns_signs, no_epsilon,
+    ],
+)  # fmt: skip
+def test_whatever_else_writes_there_is_gone_after_the_next_step(
+    disturb: Disturb, name: str, make_net: Make, batches: Batches
+) -> None:
+    model = make_net()
+    masks = prune(model, 0.8)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    enforcement = enforce(optimizer, model, masks)
+    for batch in batches[:2]:
+        step(model, optimizer, batch)
+    disturb(model, optimizer, ~masks["conv2.weight"])
+    for batch in batches[:2]:
+        step(model, optimizer, batch)
+        enforcement.verify()
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "foreach", "adam", "amsgrad", "adamw"])
+def test_two_sweeps_a_step_are_enough_for_optimizers_that_take_zeros_to_zeros(
+    name: str, make_net: Make, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    enforcement = enforce(optimizer, model, prune(model, 0.8))
+    sweeps = []
+    module = sys.modules[type(enforcement).__module__]
+    monkeypatch.setattr(module, "zero_", lambda *given: (sweeps.append(len(given[0])), zero_(*given)))
+    for batch in batches:
+        step(model, optimizer, batch)
+        enforcement.verify()
+    assert sweeps == [3, 3] * len(batches), "gradients, then weights, of three layers"
 
 
 @pytest.mark.acceptance("double-win", "A-14")
