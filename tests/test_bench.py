@@ -204,7 +204,7 @@ def test_gates_name_what_differs() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("name", ["masked-step", "pgd", "select", "training-step"])
+@pytest.mark.parametrize("name", ["masked-step", "optimizer-step", "pgd", "select", "training-step"])
 def test_gates_of_the_operations_hold(name: str, device: str) -> None:
     """Parity: what we time does the same as the independent implementation it is timed against."""
     cases = list(bench.OPERATIONS[name].cases(torch.device(device), "quick"))
@@ -216,7 +216,7 @@ def test_gates_of_the_operations_hold(name: str, device: str) -> None:
 
 
 def test_every_operation_has_its_gate_tested() -> None:
-    assert set(bench.OPERATIONS) == {"masked-step", "pgd", "select", "training-step"}
+    assert set(bench.OPERATIONS) == {"masked-step", "optimizer-step", "pgd", "select", "training-step"}
 
 
 def test_run_py_shows_the_last_run(tmp_path: Path) -> None:

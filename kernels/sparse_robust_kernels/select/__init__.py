@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_robust_kernels._dispatch import resolve
+from sparse_robust_kernels._dispatch import backends, resolve
 from sparse_robust_kernels.select import reference as _reference
 
 __all__ = ["Kth", "Reduce", "kth", "remove_lowest"]
@@ -31,6 +31,7 @@ _WIDTHS = {
     (True, True): (11, 11, 11, 10, 10, 10),
     (True, False): (11, 11, 11, 11, 10, 10),
 }
+_TRITON_WIDTHS = {(False, True): (8, 8, 8, 7), (False, False): (8, 8, 8, 8)}  # a warp counts in its registers
 
 
 class Kth(NamedTuple):
@@ -131,10 +132,12 @@ class _Selection:
         return 0 if self.magnitude else torch.iinfo(torch.int64 if self.wide else torch.int32).min
 
     def run(self, op: str, **arguments: Any) -> Any:
-        return resolve(f"select.{op}", self.backend, self.tensors[0].device)(self.tensors, self.keep, **arguments)
+        unfit = "float64 values" if self.wide else ""
+        function = resolve(f"select.{op}", self.backend, self.tensors[0].device, unfit=unfit)
+        return function(self.tensors, self.keep, **arguments)
 
     def kth(self, k: int) -> Kth:
-        widths = _WIDTHS[self.wide, self.magnitude]
+        widths = (_TRITON_WIDTHS if self.backend == "triton" and not self.wide else _WIDTHS)[self.wide, self.magnitude]
         low, shift = self.lowest_key, sum(widths)
         below = equal = 0
         for sweep, width in enumerate(widths):
@@ -208,6 +211,8 @@ def _selection(
             got = f"{bits.dtype} {tuple(bits.shape)} on {bits.device}"
             raise ValueError(f"{name}: expected a packed mask uint8 {size} on {device}, got {got}")
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    if backend == "auto":
+        backend = "reference" if wide else backends("select.histogram", tensors[0].device)[0]
     return _Selection(tensors, keep, names, magnitude, wide, reduce or _alone, backend)
 
 
