@@ -2,12 +2,14 @@
 # and starts at once when it is there. Another interpreter: make test PYTHON=python3.12. Another folder: VENV=/tmp/venv.
 PYTHON  ?= python3
 VENV    ?= .venv
+PARITY_VENV ?= .venv-parity
 WORKERS ?= 2
 ARGS    ?=
 
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
+PARITY := $(PARITY_VENV)/.installed-parity
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 # Each test process and each tensor operation in it gets one core; more would only wait for each other.
@@ -15,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart small test test-fast lint format bench install clean
+.PHONY: help quickstart small test test-fast lint format bench parity parity-speed install clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,10 +46,18 @@ format: $(DEV)  ## let ruff lay the code out and mend what it can
 bench: $(RUN)  ## time the operations of this machine, each after its correctness gate, and append the record
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+parity: $(PARITY)  ## compare the attacks with the reference implementation, image by image; hours, can be taken up again
+	$(ONE_THREAD) $(PARITY_VENV)/bin/python -m benchmarks.parity.train
+	$(ONE_THREAD) $(PARITY_VENV)/bin/python -m benchmarks.parity.parity $(ARGS)
+
+parity-speed: $(PARITY)  ## time robust evaluation beside other packages
+	$(ONE_THREAD) $(PARITY_VENV)/bin/python -m benchmarks.parity.train
+	$(ONE_THREAD) $(PARITY_VENV)/bin/python -m benchmarks.parity.speed $(ARGS)
+
 install: $(RUN)  ## only make the environment
 
 clean:  ## remove the environment and the caches; runs/ and benchmarks/results/ stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PARITY_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find sparse_robust kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation leaves none and is taken up again.
@@ -65,6 +75,15 @@ $(DEV): pyproject.toml constraints.txt tests/data-packages.txt
 	@$(PIP) install --editable '.[dev]' --constraint constraints.txt
 	@$(PIP) install --no-deps --requirement tests/data-packages.txt
 	@touch $(RUN) $@
+
+# The packages that are compared with never enter the environment that tests and users run in.
+$(PARITY): pyproject.toml constraints.txt benchmarks/parity/requirements.txt
+	@rm -f $@
+	@$(MAKE) --no-print-directory install VENV=$(PARITY_VENV)
+	@echo "Installing the packages to compare with into $(PARITY_VENV) (once)..."
+	@$(PARITY_VENV)/bin/python -m pip --disable-pip-version-check --no-input install --no-deps \
+		--requirement benchmarks/parity/requirements.txt
+	@touch $@
 
 define make_venv
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -48,7 +48,7 @@ class Ticket:
     """Of the package that made it."""
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically: at most an eighth of a byte a weight, half of that at 90 % sparsity."""
+        """Write one safetensors file, atomically: an eighth of a byte a weight at most, half of it at 90 % sparsity."""
         about = {
             "format_version": FORMAT_VERSION,
             "base_sha256": self.base_sha256,
