@@ -131,6 +131,15 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.images)
 
+    def without_copies(self) -> Candidates:
+        """Return the candidates once for each image, where a row went twice."""
+        order = self.slots.at.argsort(stable=True)
+        once = torch.ones_like(self.hit)
+        once[1:] = self.slots.at[order[1:]] != self.slots.at[order[:-1]]
+        index = order[once].sort().values
+        columns = (getattr(self, name)[index] for name in ("images", "step", "hit", "over"))
+        return Candidates(self.slots.select(index), *columns)
+
     @staticmethod
     def join(parts: list[Candidates]) -> Candidates:
         """Return all candidates of the parts, of which there is one at least."""
@@ -310,7 +319,7 @@ class _Run:
 
     def confirm(self) -> None:
         """Ask the real model about all candidates: they are done, go on where they were, or begin their next run."""
-        found, self.candidates = Candidates.join(self.candidates), []
+        found, self.candidates = Candidates.join(self.candidates).without_copies(), []
         outcome, slots, times = self.outcome, found.slots, self.engine.eot_iter
         at, x, y = slots.at, slots.task.x, slots.task.y
         logits = self.engine.logits(found.images)
@@ -318,8 +327,8 @@ class _Run:
         self.shown[at[~found.hit]] += 1
         margin, inside = self.margin(logits, y), self.inside(found.images, x)
         fooled = self.fools(logits, y) & inside
-        outcome.candidates += len(at[found.hit].unique())
-        outcome.rejected += len(at[found.hit & ~fooled].unique())
+        outcome.candidates += int(found.hit.sum())
+        outcome.rejected += int((found.hit & ~fooled).sum())
 
         won = fooled
         if self.keep == "smallest":

@@ -187,15 +187,16 @@ def test_an_empty_task_and_a_still_procedure() -> None:
     assert outcome.fooled.tolist() == [True, False] and outcome.backward.tolist() == [0, 0]
 
 
-def test_finished_images_are_told_once_each() -> None:
+@pytest.mark.parametrize("count", [1, 2, 5, 19])
+@pytest.mark.parametrize("threshold", [0.5, 0.45])
+def test_finished_images_are_told_once_each(count: int, threshold: float) -> None:
+    """Also the last one, which goes through its attack in two rows."""
     told: list[int] = []
-    engine = Engine(Threshold(0.5), 4)
-    engine.run(
-        Ladder(length=3, runs=2),
-        task(*torch.linspace(0.2, 0.52, 19).tolist()),
-        done=lambda _, at: told.extend(at.tolist()),
-    )
-    assert sorted(told) == list(range(19))
+    engine = Engine(Threshold(0.5), 4, craft=Threshold(threshold))
+    values = task(*torch.linspace(0.2, 0.52, count).tolist())
+    outcome = engine.run(Ladder(length=3, runs=2), values, done=lambda _, at: told.extend(at.tolist()))
+    assert sorted(told) == list(range(count))
+    assert outcome.candidates - outcome.rejected <= int(outcome.fooled.sum())
 
 
 def test_smaller_batches_are_used_only_where_their_bits_agree() -> None:

@@ -200,6 +200,7 @@ def test_progress_counts_every_image_once(digits: Any) -> None:
     result = evaluate(
         digits.model, batches(digits, 20), [FGSM(), PGD(steps=2)], 0.05, on_progress=seen.append, window=30
     )
+    assert max(p.images for p in seen) == seen[-1].images == 64 and seen[-1].seen == 64
     assert seen[-1].images == 64 and [p.images for p in seen] == sorted(p.images for p in seen)
     assert seen[-1].robust == round(64 * result.robust) and seen[-1].clean_correct == round(64 * result.clean)
     assert {p.stage for p in seen} == {"clean", "fgsm", "pgd-2"}

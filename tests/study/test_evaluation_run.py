@@ -69,7 +69,7 @@ def test_everything_at_once(weights: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_an_interrupted_command_goes_on(weights: Path, tmp_path: Path) -> None:
-    words = [f"weights={weights}", *DATA, "--attacks", "pgd,square", "--eps", "0.03", "evaluation.images=24"]
+    words = [f"weights={weights}", *DATA, "--attacks", "pgd,apgd-ce", "--eps", "0.03", "evaluation.images=24"]
     assert evaluate("--out", str(tmp_path / "whole"), *words) == 0
     assert evaluate("--out", str(tmp_path / "part"), *words) == 0
     file = tmp_path / "part" / "verdicts.csv"
