@@ -112,7 +112,7 @@ class EvaluationProgress:
         self._said, self._shown = self._clock(), state
         gone = self._said - self._begun
         line = f"{_count(state)} images, {_accuracies(state)}, {state.stage}, {_minutes(gone)} gone"
-        if state.share and state.share < 1:
+        if state.share and state.images != state.total:
             line += f", about {_minutes(gone * (1 - state.share) / state.share)} left"
         self._console.print(line, highlight=False, markup=False)
 

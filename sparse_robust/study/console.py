@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def show_ticket(path: Path, console: Console | None = None) -> None:
 def show_evaluation(folder: Path, row: dict[str, Any], console: Console | None = None) -> None:
     """Print what `sparse-robust evaluate` found: a table for every part that was asked for."""
     console = console or Console()
-    measured = read_evaluation(folder / VERDICTS)
+    measured = replace(read_evaluation(folder / VERDICTS), flips=row["flips"])
     console.print(evaluation_table(measured, norm=row["norm"]))
     if len(row["curve"]) > 1:
         console.print(curve_table(measured))

@@ -46,7 +46,17 @@ def test_everything_at_once(weights: Path, tmp_path: Path, capsys: pytest.Captur
     ]  # fmt: skip
     assert evaluate(*words) == 0
     shown = capsys.readouterr().out
-    for text in ("pgd-3", "square", "robust accuracy", "large-eps", "transfer", "defocus_blur", "crafted on", "second"):
+    for text in (
+        "fooled the copy",
+        "pgd-3",
+        "square",
+        "robust accuracy",
+        "large-eps",
+        "transfer",
+        "defocus_blur",
+        "crafted on",
+        "second",
+    ):
         assert text in shown
     row, measured = json.loads((out / "result.json").read_text()), read_evaluation(out / "verdicts.csv")
     assert len(measured) == row["test_images"] == 40 and row["sa"] == measured.sa and row["ra"] == measured.ra
