@@ -111,7 +111,7 @@ def test_words_choose_networks_norms_and_attacks() -> None:
 def test_routes_that_disagree_are_not_timed() -> None:
     ours = torch.arange(200) < 100
     shown = speed.agreement({"ours": ours, "theirs": torch.arange(200) < 101}, points=0.5)
-    assert shown == "ours 50.0 % robust; theirs 50.5 % (1 images differ)"
+    assert shown == "ours 50.0 % robust; theirs 50.5 % (1 of 200 verdicts differ)"
     with pytest.raises(GateError, match="at most 0.5 points"):
         speed.agreement({"ours": ours, "theirs": torch.arange(200) < 102}, points=0.5)
 

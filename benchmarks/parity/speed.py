@@ -61,8 +61,8 @@ def agreement(found: dict[str, Tensor], points: float) -> str:
     count = len(mine)
     parts = [f"{first} {100 * int(mine.sum()) / count:.1f} % robust"]
     for name, theirs in others:
-        apart = abs(int(mine.sum()) - int(theirs.sum()))
-        parts.append(f"{name} {100 * int(theirs.sum()) / count:.1f} % ({int((mine != theirs).sum())} images differ)")
+        apart, differ = abs(int(mine.sum()) - int(theirs.sum())), int((mine != theirs).sum())
+        parts.append(f"{name} {100 * int(theirs.sum()) / count:.1f} % ({differ} of {count} verdicts differ)")
         if 100 * apart > points * count:
             raise GateError(f"{'; '.join(parts)}: at most {points} points apart are allowed")
     return "; ".join(parts)

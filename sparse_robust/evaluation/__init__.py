@@ -3,16 +3,9 @@
 from sparse_robust.evaluation.alarms import Alarm, run_alarms
 from sparse_robust.evaluation.corruptions import CORRUPTIONS, CorruptionReport, corrupt, corruption_accuracy
 from sparse_robust.evaluation.diagnose import Finding, diagnose
-from sparse_robust.evaluation.evaluate import (
-    PRECISIONS,
-    Evaluation,
-    Progress,
-    Stage,
-    evaluate,
-    read_evaluation,
-    summarise,
-)
+from sparse_robust.evaluation.evaluate import PRECISIONS, Stage, evaluate
 from sparse_robust.evaluation.record import RobustnessRecord, make_record, write_record
+from sparse_robust.evaluation.result import Evaluation, Progress, read_evaluation, summarise
 from sparse_robust.evaluation.transfer import TransferMatrix, transfer_matrix
 from sparse_robust.evaluation.verdicts import VerdictFile, Verdicts, read_verdicts
 

@@ -32,11 +32,15 @@ class GradientCalls:
 
     def __enter__(self) -> GradientCalls:
         self._before = sys.getprofile()
-        sys.setprofile(self._look)
+        # cProfile holds the hook itself and could not be put back: under it nothing is counted.
+        self._holds = self._before is None or callable(self._before)
+        if self._holds:
+            sys.setprofile(self._look)
         return self
 
     def __exit__(self, *error: object) -> None:
-        sys.setprofile(self._before)
+        if self._holds:
+            sys.setprofile(self._before)
 
     def _look(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call" and frame.f_code in self._codes:

@@ -440,3 +440,14 @@ def test_errors_are_raised_together_and_warnings_are_not() -> None:
 def test_several_errors_come_together(model: nn.Module) -> None:
     x, y = images()
     assert names(diagnose(model, 255 * x, y.int())) == ["image-range", "label-type"]
+
+
+def test_a_profiler_is_left_in_place() -> None:
+    import cProfile
+
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).eval(), torch.rand(20, 1, 4, 4)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    diagnose(model, x, torch.arange(20) % 3)
+    profiler.disable()
+    assert any("diagnose" in str(entry.code) for entry in profiler.getstats())
