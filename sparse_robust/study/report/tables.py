@@ -334,7 +334,7 @@ def _limits(results: StudyResults, thin: Sequence[dict[str, Any]]) -> list[str]:
             size = f"{images:,} test images: an accuracy of 50 % has a standard error of {half:.1f} points"
         limits.append(f"{target}: {size}.")
     limits.append(
-        "Robust accuracy is measured with PGD as configured below. A stronger attack can only lower it, "
+        "Robust accuracy is measured with the attacks configured below. A stronger one can only lower it, "
         "so it is an upper bound on the true robustness."
     )
     guarded = [r.theta for r in results.pretrain if r.stopped_by_guard]
