@@ -1,4 +1,4 @@
-"""The three small robust networks that implementations are compared on, their images and their radii."""
+"""The small robust networks that implementations are compared on, their images and their radii."""
 
 from __future__ import annotations
 
@@ -75,8 +75,26 @@ def _cnn() -> nn.Module:
         )
 
 
-def _timm(name: str, channels: tuple[int, ...], **options: str) -> Callable[[], nn.Module]:
-    return lambda: create_model(name, in_chans=1, channels=channels, stem_width=16, **options)
+def _cnn_bn() -> nn.Module:
+    """The same with batch normalisation after every layer but the last."""
+    with seeded("parity", "cnn-bn"):
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, 100, bias=False),
+            nn.BatchNorm1d(100),
+            nn.ReLU(),
+            nn.Linear(100, 10),
+        )
+
+
+def _timm(name: str, channels: tuple[int, ...], stem_width: int = 16, **options: str) -> Callable[[], nn.Module]:
+    return lambda: create_model(name, in_chans=1, channels=channels, stem_width=stem_width, **options)
 
 
 NETWORKS: dict[str, Network] = {
@@ -92,6 +110,30 @@ NETWORKS: dict[str, Network] = {
             epochs=30,
             lr=2e-3,
             eps={"Linf": 0.1, "L2": 1.0, "L1": 3.5},
+            half_eps=0.13,
+        ),
+        Network(
+            name="cnn-bn",
+            description="2 convolutions, 3 batch norms",
+            data="fashion-mnist-source",
+            test="fashion-mnist-source",
+            build=_cnn_bn,
+            train_eps=0.1,
+            epochs=30,
+            lr=4e-3,
+            eps={"Linf": 0.1, "L2": 1.0, "L1": 3.5},
+            half_eps=0.13,
+        ),
+        Network(
+            name="resnet10t-thin",
+            description="ResNet-10-T with a deep stem, 8 to 64 channels, 14 batch norms",
+            data="fashion-mnist-source",
+            test="fashion-mnist-source",
+            build=_timm("resnet10t", (8, 16, 32, 64), stem_width=8),
+            train_eps=0.1,
+            epochs=30,
+            lr=4e-3,
+            eps={"Linf": 0.1, "L2": 1.0, "L1": 2.0},
             half_eps=0.13,
         ),
         Network(
