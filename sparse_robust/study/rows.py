@@ -116,6 +116,8 @@ class TransferRow:
     classes: tuple[str, ...]
     checkpoints: Mapping[str, Score] = field(repr=False)
     history: tuple[Mapping[str, Any], ...] = field(repr=False)
+    attacks: Mapping[str, float] = field(default_factory=dict)
+    """Robust accuracy in percent left after each attack in turn, where there were several."""
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -222,6 +224,10 @@ def _transfer(name: str, data: dict[str, Any]) -> TransferRow:
         classes=tuple(str(c) for c in data.get("classes") or ()),
         checkpoints=checkpoints,
         history=tuple(data.get("history") or ()),
+        attacks={
+            str(name): _number({"attacks": ra}, "attacks", most=100.0)
+            for name, ra in (data.get("attacks") or {}).items()
+        },
     )
 
 

@@ -285,6 +285,7 @@ def transfer(
         "seed": seed,
         "sa": checkpoints[headline]["sa"],
         "ra": checkpoints[headline]["ra"],
+        **_by_attack(measured[checkpoints[headline]["epoch"]]),
         "headline": headline,
         "checkpoints": checkpoints,
         "epochs": recipe.epochs,
@@ -298,6 +299,14 @@ def transfer(
         "history": trained.history,
         "seconds": trained.seconds + time.monotonic() - started,
     }
+
+
+def _by_attack(found: Evaluation) -> dict[str, Any]:
+    """Return what is left after each attack in turn, where there are several at one radius."""
+    names = [name for name, _ in found.stages]
+    if len(names) < 2 or len(set(names)) < len(names):
+        return {}
+    return {"attacks": {name: 100 * left for name, left in zip(names, found.robust_after, strict=True)}}
 
 
 def _fit_to(model: nn.Module, data: Data, seed: int) -> None:

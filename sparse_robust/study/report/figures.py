@@ -7,6 +7,7 @@ from typing import Any
 from sparse_robust.study.report.curves import accuracy_curves, finder_curves, overlap_curves, time_bars
 from sparse_robust.study.report.examples import choose, describe, example_picture
 from sparse_robust.study.report.matrices import density_map, overlap_matrix, win_matrix
+from sparse_robust.study.report.ranking import ranking_pictures
 from sparse_robust.study.report.style import Picture, drawing
 from sparse_robust.study.report.tables import rounded
 from sparse_robust.study.results import StudyResults
@@ -21,7 +22,7 @@ def draw_all(report: dict[str, Any], results: StudyResults) -> list[Picture]:
     report["examples"] = []
     pictures: list[Picture | None] = []
     with drawing():
-        pictures += [accuracy_curves(report), win_matrix(report), finder_curves(report)]
+        pictures += [accuracy_curves(report), win_matrix(report), finder_curves(report), *ranking_pictures(report)]
         for target in dict.fromkeys(t for t, _ in results.targets()):
             shown, warnings = choose(results, target)
             report["warnings"] += warnings

@@ -117,4 +117,5 @@ def _layout(report: dict[str, Any]) -> dict[str, Any]:
         "tickets": tickets,
         "layers": layers,
         "shared": shared,
+        "attacks": list(dict.fromkeys(name for row in report["ranking"] for name in list(row["attacks"])[:-1])),
     }

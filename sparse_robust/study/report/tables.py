@@ -9,6 +9,7 @@ from typing import Any
 from sparse_robust.study.compare import CLEAR, binomial_error
 from sparse_robust.study.overlap import Overlap, overlaps, thin_layers
 from sparse_robust.study.report.findings import HIGH, find_all
+from sparse_robust.study.report.ranking import rank_finders
 from sparse_robust.study.report.words import THETAS, duration, listed, plural, regime_name, target_name
 from sparse_robust.study.results import StudyResults
 from sparse_robust.study.rows import DENSE, FindRow, PretrainRow, TransferRow
@@ -46,6 +47,7 @@ def assemble(results: StudyResults, criterion: Criterion | None = None) -> dict[
             "criterion": _criterion(criterion, table),
             "findings": [vars(f) for f in find_all(results, table, shared)],
             "curves": curves(results),
+            "ranking": rank_finders(results),
             "double_win": [_double_win(row) for row in table],
             "criteria": _criteria(results, criterion),
             "pretrain": [_pretrain(results, theta) for theta in results.thetas() if _has_pretrain(results, theta)],
