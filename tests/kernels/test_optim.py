@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from sparse_robust_kernels.masks import pack_bits
-from sparse_robust_kernels.optim import MaskedAdamW, MaskedSGD, adamw_, reference, sgd_, storage_bits
+from sparse_robust_kernels.optim import MaskedAdamW, MaskedSGD, adamw_, reference, sgd_, storage_bits, storage_integers
 
 VARIANTS: dict[str, tuple[type[Optimizer], type[Optimizer], dict[str, Any]]] = {
     "plain": (MaskedSGD, SGD, {"lr": 0.1}),
@@ -84,7 +84,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("chunk", [1 << 18, 24])
+@pytest.mark.parametrize("chunk", [1 << 18, 48])
 def test_fifty_steps_give_the_bits_of_torch_optim_on_masked_gradients(
     variant: str, chunk: int, monkeypatch: pytest.MonkeyPatch, poison: None
 ) -> None:
@@ -326,6 +326,23 @@ def test_masks_are_laid_out_as_the_memory() -> None:
     assert torch.equal(storage_bits(bits, weight), pack_bits(mask.permute(0, 2, 3, 1).reshape(-1)))
     with pytest.raises(ValueError, match="dense"):
         storage_bits(pack_bits(torch.ones(4, dtype=torch.bool)), torch.empty(2, 4)[:, ::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masks_of_integers_do_what_packed_ones_do(dtype: torch.dtype) -> None:
+    for size in (0, 5, 16, 47, 100):
+        found = []
+        for lay in (storage_bits, storage_integers):
+            torch.manual_seed(size)
+            weight, gradient, buffer = (torch.randn(size).to(dtype) for _ in range(3))
+            keep = lay(pack_bits(torch.rand(size) > 0.5), weight)
+            sgd_([weight], [gradient], [buffer], [keep], lr=0.1, momentum=0.9)
+            found.append((weight, gradient, buffer))
+        assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
+    with pytest.raises(ValueError, match=r"no backend 'triton'|masks of integers"):
+        weight = torch.ones(4)
+        keep = storage_integers(pack_bits(weight > 0), weight)
+        sgd_([weight], [weight.clone()], [], [keep], lr=0.1, backend="triton")
 
 
 W = torch.ones(4)

@@ -26,7 +26,7 @@ from sparse_robust_kernels.pgd_step import (
     linf_step_normalized,
     rgd_step,
 )
-from sparse_robust_kernels.rng import philox_uniform
+from sparse_robust_kernels.rng import philox_uniform, signed
 from tests.kernels.harness import Compiled, compile_sm90, interpret
 
 triton = pytest.importorskip("triton", reason="needs triton")
@@ -149,6 +149,9 @@ def check_starts(shape: tuple[int, ...], last: bool, device: str = "cpu") -> Non
     for key, stream in zip(KEYS, (0, 2**32 - 1, streams, 1, streams), strict=True):
         assert_same(linf_random_start, x, ids, key=key, stream=stream, eps=EPS)
         assert_near(l2_random_start, x, ids, key=key, stream=stream, eps=0.5)
+    held = torch.tensor(signed(KEYS[-1], 64), device=device)
+    assert_near(l2_random_start, x, ids, key=held, stream=streams, eps=0.5)
+    assert_same(linf_random_start, x, ids, key=held, stream=streams, eps=EPS)
     uniform = philox_uniform(ids, x.shape[1:].numel(), key=KEYS[-1], stream=streams, backend="reference")
     ran = linf_random_start(x, ids, key=KEYS[-1], stream=streams, eps=EPS, backend="triton")
     assert torch.equal(ran, linf_start(x, uniform, eps=EPS))
@@ -160,6 +163,9 @@ def check_uniform(device: str = "cpu") -> None:
     for numel, key in zip((0, 1, 3, 4, 7, 1000, 1024, 1025, 3072), 2 * KEYS, strict=False):
         for stream in (0, 1, 2**31, 2**32 - 1, streams):
             assert_same(philox_uniform, ids, numel, key=key, stream=stream)
+        held = torch.tensor(signed(key, 64), device=device)
+        drawn = philox_uniform(ids, numel, key=key, stream=3, backend="reference")
+        assert torch.equal(philox_uniform(ids, numel, key=held, stream=3, backend="triton"), drawn)
     assert_same(philox_uniform, torch.arange(12).to(device)[::2], 9, key=3, stream=torch.arange(12).to(device)[1::2])
 
 
@@ -312,9 +318,10 @@ def test_operators_say_the_truth_about_themselves() -> None:
          {"step_size": 0.1, "dtype": torch.bfloat16, **size}),
         (known.pgd_step_l2_step, (x_adv, x, grad), {"step_size": 0.1, **size}),
         (known.pgd_step_rgd_step, (x_adv, x, grad, None), {"step_size": 0.1, **size}),
-        (known.pgd_step_linf_random_start, (x, ids, ids), draw),
-        (known.pgd_step_l2_random_start, (x, ids, None), draw),
+        (known.pgd_step_linf_random_start, (x, ids, ids, None), draw),
+        (known.pgd_step_l2_random_start, (x, ids, None, ids[1]), draw),
         (known.rng_philox_uniform, (ids, 5, 2, 3, None), {}),
+        (known.rng_philox_uniform, (ids, 5, 0, 0, ids, ids[1]), {}),
     ):  # fmt: skip
         torch.library.opcheck(operator, args, kwargs)
 
@@ -337,7 +344,7 @@ class Code(NamedTuple):
 
 
 SIZES = "step_size:fp32 eps:fp32 lo:fp32 hi:fp32"
-COUNTER = "ids:*i64 streams:*i64 stream:i32 key_low:i32 key_high:i32"
+COUNTER = "ids:*i64 streams:*i64 stream:i32 keys:*i64 key_low:i32 key_high:i32"
 HIDDEN = "hidden:*fp32 x:*fp32 grad:GRAD hidden_out:*fp32 shown:*fp32 steps:*fp32"
 TRIPLE = "x_adv:*fp32 x:*fp32 grad:GRAD out:*fp32"
 CODES = [
@@ -354,7 +361,7 @@ CODES = [
     Code("rgd_kernel", f"{HIDDEN} per_sample:i32 {SIZES}", {"STEPS": True, "BLOCK": 1024}, 48, {32, 128}, {128},
          rounded=True),
     Code("linf_start_kernel", f"x:*fp32 out:*fp32 numel:i32 eps:fp32 lo:fp32 hi:fp32 {COUNTER}",
-         {"PER_SAMPLE": True, "QUADS": 256}, 40, {32, 64, 128}, {128}, rounded=True),
+         {"PER_SAMPLE": True, "KEYED": True, "QUADS": 256}, 40, {32, 64, 128}, {128}, rounded=True),
     *(Code("l2_whole_kernel", f"{TRIPLE} numel:i32 {SIZES}", {"BLOCK": block}, 96, {128}, {128}, block // 512, True)
       for block in (1024, 8192)),
     Code("l2_gather_kernel", "x_adv:*fp32 x:*fp32 grad:GRAD table:*fp32 rows:i32 numel:i32", {"BLOCK": 4096},
@@ -362,9 +369,10 @@ CODES = [
     Code("l2_move_kernel", f"{TRIPLE} table:*fp32 rows:i32 numel:i32 {SIZES}", {"BLOCK": 4096, "CHUNKS": 64},
          96, {32, 128}, {128}, 8, half=True),
     *(Code("l2_start_kernel", f"x:*fp32 out:*fp32 table:*fp32 numel:i32 eps:fp32 lo:fp32 hi:fp32 {COUNTER}",
-           {"PER_SAMPLE": True, "GATHER": gather, "QUADS": 512, "CHUNKS": 128}, 64, loads, stores, 8)
+           {"PER_SAMPLE": True, "KEYED": True, "GATHER": gather, "QUADS": 512, "CHUNKS": 128}, 64, loads, stores, 8)
       for gather, loads, stores in ((True, {32, 64}, {32}), (False, {32, 64, 128}, {128}))),
-    Code("uniform_kernel", f"out:*fp32 numel:i32 {COUNTER}", {"PER_SAMPLE": True, "QUADS": 256}, 40, {32, 64}, {128}),
+    *(Code("uniform_kernel", f"out:*fp32 numel:i32 {COUNTER}", {"PER_SAMPLE": True, "KEYED": keyed, "QUADS": 256},
+           40, {32, 64}, {128}) for keyed in (False, True)),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparse_robust_kernels import backends
-from sparse_robust_kernels.rng import philox_uniform, reference
+from sparse_robust_kernels.rng import philox_uniform, reference, signed
 
 # Counter, key and output of Philox4x32-10 in the known-answer file of Random123.
 KNOWN_ANSWERS = [
@@ -62,9 +63,14 @@ def test_published_vectors(counter: str, key: str, expected: str) -> None:
 @example(samples=[0, -1, 2**32, 2**63 - 1], numel=9, key=2**64 - 1, stream=2**32 - 1)
 @example(samples=[7], numel=1, key=0, stream=0)
 def test_numbers_are_those_of_the_slow_implementation(samples: list[int], numel: int, key: int, stream: int) -> None:
-    drawn = philox_uniform(torch.tensor(samples), numel, key=key, stream=stream)
-    assert drawn.dtype == torch.float32 and drawn.shape == (len(samples), numel)
-    assert drawn.tolist() == [slow_uniform(sample, numel, key, stream) for sample in samples]
+    expected = [slow_uniform(sample, numel, key, stream) for sample in samples]
+    for arrays in (True, False):
+        with mock.patch.object(reference, "_has_arrays", lambda: arrays):  # noqa: B023
+            drawn = philox_uniform(torch.tensor(samples), numel, key=key, stream=stream)
+            assert drawn.dtype == torch.float32 and drawn.shape == (len(samples), numel)
+            assert drawn.tolist() == expected
+            held = torch.tensor(signed(key, 64))
+            assert torch.equal(philox_uniform(torch.tensor(samples), numel, key=held, stream=stream), drawn)
 
 
 def test_a_row_depends_on_its_id_alone() -> None:
@@ -77,11 +83,26 @@ def test_a_row_depends_on_its_id_alone() -> None:
     assert torch.equal(philox_uniform(ids, 17, key=11, stream=2), together[:, :17])
 
 
-def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arrays", [True, False])
+def test_chunks_leave_no_trace(monkeypatch: pytest.MonkeyPatch, arrays: bool) -> None:
     ids = torch.arange(23)
     whole = philox_uniform(ids, 30, key=1, stream=0)
-    monkeypatch.setattr(reference, "CHUNK", 20)
+    monkeypatch.setattr(reference, "_has_arrays", lambda: arrays)
+    monkeypatch.setattr(reference, "ARRAY_CHUNK" if arrays else "CHUNK", 20)
     assert torch.equal(philox_uniform(ids, 30, key=1, stream=0), whole)
+
+
+def test_arrays_are_drawn_on_where_there_is_numpy_and_words_of_torch_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = torch.tensor([3, -1, 2**40]).repeat(2)[::2]  # as they lie in memory does not matter
+    expected = philox_uniform(ids, 9, key=5, stream=ids & 7)
+    monkeypatch.setattr(reference, "_rows", None)
+    assert torch.equal(philox_uniform(ids, 9, key=5, stream=ids & 7), expected)
+    monkeypatch.undo()
+    monkeypatch.setattr(reference, "_rows_of_arrays", None)
+    monkeypatch.setattr(reference, "_has_arrays", lambda: False)
+    assert torch.equal(philox_uniform(ids, 9, key=5, stream=ids & 7), expected)
 
 
 @pytest.mark.usefixtures("poison")
@@ -116,6 +137,8 @@ def test_no_samples_and_no_elements() -> None:
         ({"numel": -1}, "numel"),
         ({"key": 2**64}, "key"),
         ({"key": -1}, "key"),
+        ({"key": torch.zeros(1, dtype=torch.int64)}, r"key must be int64 \(\) beside ids, got torch.int64 \(1,\)"),
+        ({"key": torch.tensor(1.0)}, "key must be int64"),
         ({"stream": 2**32}, "stream"),
         ({"backend": "abacus"}, "reference"),
     ],

@@ -9,13 +9,15 @@ from functools import partial
 
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from sparse_robust_kernels import select
 from sparse_robust_kernels.masks import count_bits, pack_bits, unpack_bits
-from sparse_robust_kernels.select import triton as kernels
-from tests.kernels.harness import Compiled, compile_sm90, interpret
+
+tl = pytest.importorskip("triton.language", reason="needs triton")
+
+from sparse_robust_kernels.select import triton as kernels  # noqa: E402
+from tests.kernels.harness import Compiled, compile_sm90, interpret  # noqa: E402
 
 NAN, INFINITY = float("nan"), float("inf")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from sparse_robust_kernels.optim.operations import adamw_, sgd_, storage_bits
+from sparse_robust_kernels.optim.operations import adamw_, sgd_, storage_bits, storage_integers
 from sparse_robust_kernels.optim.optimizers import MaskedAdamW, MaskedSGD
 
-__all__ = ["MaskedAdamW", "MaskedSGD", "adamw_", "sgd_", "storage_bits"]
+__all__ = ["MaskedAdamW", "MaskedSGD", "adamw_", "sgd_", "storage_bits", "storage_integers"]

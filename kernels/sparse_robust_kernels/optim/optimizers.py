@@ -11,7 +11,14 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sparse_robust_kernels.masks import unpack_bits, zero_
-from sparse_robust_kernels.optim.operations import adamw_, layout, sgd_, storage_bits
+from sparse_robust_kernels.optim.operations import (
+    adamw_,
+    is_copy_of,
+    same_layout,
+    sgd_,
+    storage_bits,
+    storage_integers,
+)
 
 Closure = Callable[[], Any]
 
@@ -52,7 +59,9 @@ class _Masked(Optimizer):
         """
         found: Any = {} if masks is None else masks.tensors() if hasattr(masks, "tensors") else masks
         by_parameter = self._by_parameter(found, "mask")
-        self._keep = {parameter: storage_bits(packed, parameter) for parameter, packed in by_parameter.items()}
+        # A kernel reads bits. A CPU has no instruction that spreads them over floats, so that is done once, here.
+        bits = [storage_bits if p.is_cuda or self._backend == "triton" else storage_integers for p in by_parameter]
+        self._keep = {p: lay(packed, p) for lay, (p, packed) in zip(bits, by_parameter.items(), strict=True)}
         for parameter, packed in by_parameter.items():
             keep = unpack_bits(packed.to(parameter.device), parameter.numel()).view(parameter.shape)
             slots = [slot for slot in self.state.get(parameter, {}).values() if isinstance(slot, Tensor)]
@@ -70,7 +79,7 @@ class _Masked(Optimizer):
         """
         self._copies = self._by_parameter(copies or {}, "copy")
         for parameter, copy in self._copies.items():
-            if copy.dtype != torch.bfloat16 or layout(copy) != layout(parameter) or copy.device != parameter.device:
+            if not is_copy_of(copy, parameter):
                 raise ValueError(
                     f"a copy must be bf16 and like its weight, {tuple(parameter.shape)} with strides "
                     f"{parameter.stride()} on {parameter.device}; got {copy.dtype} {tuple(copy.shape)} with strides "
@@ -100,7 +109,7 @@ class _Masked(Optimizer):
         slot: Tensor | None = state.get(name)
         if slot is None:
             slot = state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        elif layout(slot) != layout(parameter):
+        elif not same_layout(slot, parameter):
             slot = state[name] = torch.empty_like(parameter, requires_grad=False).copy_(slot)
         return slot
 
@@ -248,6 +257,6 @@ def _gradient(parameter: Tensor) -> Tensor:
     assert gradient is not None
     if gradient.is_sparse:
         raise ValueError(f"masked optimizers take dense gradients; that of shape {tuple(parameter.shape)} is sparse")
-    if layout(gradient) != layout(parameter):
+    if not same_layout(gradient, parameter):
         gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
     return gradient

@@ -125,7 +125,7 @@ def linf_random_start(
     x: Tensor,
     ids: Tensor,
     *,
-    key: int,
+    key: int | Tensor,
     stream: int | Tensor,
     eps: float,
     lo: float = 0.0,
@@ -135,7 +135,8 @@ def linf_random_start(
     """Return ``linf_start(x, philox_uniform(ids, numel, key=key, stream=stream))``; a kernel draws as it goes.
 
     Args:
-        ids, key, stream: of the numbers, as for `philox_uniform`: int64 ``[n]``, 64 bits, 32 bits or int64 ``[n]``.
+        ids, key, stream: of the numbers, as for `philox_uniform`: int64 ``[n]``, 64 bits or an int64 tensor, 32 bits
+            or int64 ``[n]``.
     """
     _check(x, x, eps=eps, lo=lo, hi=hi)
     _check_ids(x, ids, key, stream)
@@ -193,7 +194,7 @@ def l2_random_start(
     x: Tensor,
     ids: Tensor,
     *,
-    key: int,
+    key: int | Tensor,
     stream: int | Tensor,
     eps: float,
     lo: float = 0.0,
@@ -276,7 +277,7 @@ def _check_uniform(x: Tensor, uniform: Tensor, *, spare: int) -> None:
         )
 
 
-def _check_ids(x: Tensor, ids: Tensor, key: int, stream: int | Tensor) -> None:
+def _check_ids(x: Tensor, ids: Tensor, key: int | Tensor, stream: int | Tensor) -> None:
     check_counter(ids, key, stream)
     if len(ids) != len(x) or ids.device != x.device:
         raise ValueError(f"{len(ids)} ids on {ids.device}, but {len(x)} images on {x.device}")

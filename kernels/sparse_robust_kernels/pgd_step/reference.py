@@ -57,7 +57,7 @@ def linf_start(x: Tensor, uniform: Tensor, *, eps: float, lo: float, hi: float) 
 
 @register("pgd_step.linf_random_start", "reference", compiles=True)
 def linf_random_start(
-    x: Tensor, ids: Tensor, *, key: int, stream: int | Tensor, eps: float, lo: float, hi: float
+    x: Tensor, ids: Tensor, *, key: int | Tensor, stream: int | Tensor, eps: float, lo: float, hi: float
 ) -> Tensor:
     """See `sparse_robust_kernels.pgd_step.linf_random_start`."""
     uniform = philox_uniform(ids, x.shape[1:].numel(), key=key, stream=stream)
@@ -84,7 +84,7 @@ def l2_start(x: Tensor, uniform: Tensor, *, eps: float, lo: float, hi: float) ->
 
 @register("pgd_step.l2_random_start", "reference", compiles=True)
 def l2_random_start(
-    x: Tensor, ids: Tensor, *, key: int, stream: int | Tensor, eps: float, lo: float, hi: float
+    x: Tensor, ids: Tensor, *, key: int | Tensor, stream: int | Tensor, eps: float, lo: float, hi: float
 ) -> Tensor:
     """See `sparse_robust_kernels.pgd_step.l2_random_start`."""
     uniform = philox_uniform(ids, x.shape[1:].numel() + 2, key=key, stream=stream)

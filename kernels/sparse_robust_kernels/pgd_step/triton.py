@@ -14,7 +14,7 @@ from sparse_robust_kernels._dispatch import opaque, register
 from sparse_robust_kernels.pgd_step import triton_l2 as _l2  # noqa: F401  (registers itself)
 from sparse_robust_kernels.pgd_step.layout import memory_format
 from sparse_robust_kernels.pgd_step.reference import LARGEST_HIDDEN
-from sparse_robust_kernels.rng.triton import WORDS, signed, uniform_quads, words
+from sparse_robust_kernels.rng.triton import WORDS, split, uniform_quads, words
 
 BLOCK = 1024  # elements of a program; 8 a thread
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -120,12 +120,13 @@ def rgd_kernel(
 
 @triton.jit(do_not_specialize=WORDS)
 def linf_start_kernel(
-    x, out, numel, eps, lo, hi, ids, streams, stream, key_low, key_high, PER_SAMPLE: tl.constexpr, QUADS: tl.constexpr
-):
+    x, out, numel, eps, lo, hi, ids, streams, stream, keys, key_low, key_high,
+    PER_SAMPLE: tl.constexpr, KEYED: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
     chunks = tl.cdiv(numel, 4 * QUADS)
     row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     quad = chunk.to(tl.int64) * QUADS + tl.arange(0, QUADS)
-    noise = (2 * uniform_quads(quad, row, ids, streams, stream, key_low, key_high, PER_SAMPLE) - 1) * eps
+    noise = (2 * uniform_quads(quad, row, ids, streams, stream, keys, key_low, key_high, PER_SAMPLE, KEYED) - 1) * eps
     i = chunk.to(tl.int64) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     mask = i < numel
     i += row.to(tl.int64) * numel
@@ -229,23 +230,24 @@ def _fake_start(x: Tensor, *others: object, **_: object) -> Tensor:
 
 @opaque("pgd_step.linf_random_start", fake=_fake_start)
 def _linf_random_start(
-    x: Tensor, ids: Tensor, streams: Tensor | None, *, key: int, stream: int, eps: float, lo: float, hi: float
-) -> Tensor:
+    x: Tensor, ids: Tensor, streams: Tensor | None, keys: Tensor | None, *,
+    key: int, stream: int, eps: float, lo: float, hi: float,
+) -> Tensor:  # fmt: skip
     images = x.contiguous()  # elements are counted in logical order
     out, numel = torch.empty_like(images), images.numel() // max(1, len(images))
     if out.numel():
+        named = words(ids, key if keys is None else keys, stream if streams is None else streams)
         with torch.cuda.device_of(x):
             linf_start_kernel[(len(x) * triton.cdiv(numel, BLOCK),)](
-                images, out, numel, float(eps), float(lo), float(hi),
-                **words(ids, key, stream if streams is None else streams), QUADS=BLOCK // 4, **LAUNCH,
-            )  # fmt: skip
+                images, out, numel, float(eps), float(lo), float(hi), **named, QUADS=BLOCK // 4, **LAUNCH
+            )
     return out.contiguous(memory_format=memory_format(x))
 
 
 @register("pgd_step.linf_random_start", "triton", devices=("cuda",))
 def linf_random_start(
-    x: Tensor, ids: Tensor, *, key: int, stream: int | Tensor, eps: float, lo: float, hi: float
+    x: Tensor, ids: Tensor, *, key: int | Tensor, stream: int | Tensor, eps: float, lo: float, hi: float
 ) -> Tensor:
     """See `sparse_robust_kernels.pgd_step.linf_random_start`."""
-    streams, word = (stream, 0) if isinstance(stream, Tensor) else (None, stream)
-    return _linf_random_start(x, ids, streams, key=signed(key, 64), stream=word, eps=eps, lo=lo, hi=hi)
+    (word, keys), (draw, streams) = split(key, 64), split(stream, 64)
+    return _linf_random_start(x, ids, streams, keys, key=word, stream=draw, eps=eps, lo=lo, hi=hi)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_robust_kernels._dispatch import opaque, register
 from sparse_robust_kernels.pgd_step.layout import memory_format
-from sparse_robust_kernels.rng.triton import WORDS, signed, uniform_quads, words
+from sparse_robust_kernels.rng.triton import WORDS, split, uniform_quads, words
 
 WHOLE = 8192  # elements of a sample that one program holds
 CHUNK = 4096  # elements of a program in a sweep
@@ -137,14 +137,14 @@ def normal(uniform):
 
 @triton.jit(do_not_specialize=WORDS)
 def l2_start_kernel(
-    x, out, table, numel, eps, lo, hi, ids, streams, stream, key_low, key_high,
-    PER_SAMPLE: tl.constexpr, GATHER: tl.constexpr, QUADS: tl.constexpr, CHUNKS: tl.constexpr,
+    x, out, table, numel, eps, lo, hi, ids, streams, stream, keys, key_low, key_high,
+    PER_SAMPLE: tl.constexpr, KEYED: tl.constexpr, GATHER: tl.constexpr, QUADS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     # The sphere has two dimensions more than the image; both sweeps draw the same numbers, memory never holds them.
     chunks = tl.cdiv(numel + 2, 4 * QUADS)
     row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     quad = chunk.to(tl.int64) * QUADS + tl.arange(0, QUADS)
-    drawn = normal(uniform_quads(quad, row, ids, streams, stream, key_low, key_high, PER_SAMPLE))
+    drawn = normal(uniform_quads(quad, row, ids, streams, stream, keys, key_low, key_high, PER_SAMPLE, KEYED))
     i = chunk.to(tl.int64) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     if GATHER:
         tl.store(table + tl.program_id(0), tl.sum(tl.where(i < numel + 2, drawn * drawn, 0.0), 0))
@@ -189,14 +189,15 @@ def l2_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, step_size: float, eps: fl
 
 @opaque("pgd_step.l2_random_start", fake=_like)
 def _l2_random_start(
-    x: Tensor, ids: Tensor, streams: Tensor | None, *, key: int, stream: int, eps: float, lo: float, hi: float
-) -> Tensor:
+    x: Tensor, ids: Tensor, streams: Tensor | None, keys: Tensor | None, *,
+    key: int, stream: int, eps: float, lo: float, hi: float,
+) -> Tensor:  # fmt: skip
     images = x.contiguous()  # elements are counted in logical order
     out, numel = torch.empty_like(images), images.numel() // max(1, len(images))
     if out.numel():
         chunks = triton.cdiv(numel + 2, 4 * QUADS)
         table = torch.empty((len(x), chunks), dtype=torch.float32, device=x.device)
-        named = words(ids, key, stream if streams is None else streams)
+        named = words(ids, key if keys is None else keys, stream if streams is None else streams)
         with torch.cuda.device_of(x):
             for gather in (True, False):
                 l2_start_kernel[(len(x) * chunks,)](
@@ -208,8 +209,8 @@ def _l2_random_start(
 
 @register("pgd_step.l2_random_start", "triton", devices=("cuda",))
 def l2_random_start(
-    x: Tensor, ids: Tensor, *, key: int, stream: int | Tensor, eps: float, lo: float, hi: float
+    x: Tensor, ids: Tensor, *, key: int | Tensor, stream: int | Tensor, eps: float, lo: float, hi: float
 ) -> Tensor:
     """See `sparse_robust_kernels.pgd_step.l2_random_start`."""
-    streams, word = (stream, 0) if isinstance(stream, Tensor) else (None, stream)
-    return _l2_random_start(x, ids, streams, key=signed(key, 64), stream=word, eps=eps, lo=lo, hi=hi)
+    (word, keys), (draw, streams) = split(key, 64), split(stream, 64)
+    return _l2_random_start(x, ids, streams, keys, key=word, stream=draw, eps=eps, lo=lo, hi=hi)

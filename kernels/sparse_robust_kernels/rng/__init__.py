@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from sparse_robust_kernels._dispatch import resolve
-from sparse_robust_kernels.rng import reference as _reference  # noqa: F401  (registers itself)
+from sparse_robust_kernels.rng.reference import signed
 
-__all__ = ["check_counter", "philox_uniform"]
+__all__ = ["check_counter", "philox_uniform", "signed"]
 
 
-def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor, backend: str = "auto") -> Tensor:
+def philox_uniform(
+    ids: Tensor, numel: int, *, key: int | Tensor, stream: int | Tensor, backend: str = "auto"
+) -> Tensor:
     """Return uniform numbers in [0, 1) for each sample: float32 ``[n, numel]``, multiples of 2**-24.
 
     Philox4x32-10 with counter words (element // 4, stream, low and high half of the id) and the two halves of the key;
@@ -21,7 +23,8 @@ def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor, b
     Args:
         ids: int64 ``[n]``, sample ids.
         numel: numbers a sample, 0 or more.
-        key: 64 bits; usually derived from a seed and a purpose.
+        key: 64 bits; usually derived from a seed and a purpose. Or an int64 tensor without dimensions that holds these
+            bits (see `signed`), beside ids: work that is captured once and replayed then takes its key from there.
         stream: 32 bits; tells the draws for one purpose apart (restart, step). One number for all samples, or int64
             ``[n]``, one for each.
 
@@ -35,11 +38,14 @@ def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor, b
     return generated
 
 
-def check_counter(ids: Tensor, key: int, stream: int | Tensor) -> None:
+def check_counter(ids: Tensor, key: int | Tensor, stream: int | Tensor) -> None:
     """Check what names the numbers of a draw, as `philox_uniform` describes it."""
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids must be int64 [n], got {ids.dtype} {tuple(ids.shape)}")
-    if not 0 <= key < 2**64:
+    if isinstance(key, Tensor):
+        if key.dtype != torch.int64 or key.dim() or key.device != ids.device:
+            raise ValueError(f"key must be int64 () beside ids, got {key.dtype} {tuple(key.shape)} on {key.device}")
+    elif not 0 <= key < 2**64:
         raise ValueError(f"key takes 64 bits, got {key}")
     if isinstance(stream, Tensor):
         if stream.dtype != torch.int64 or stream.shape != ids.shape or stream.device != ids.device:

@@ -10,24 +10,26 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_robust_kernels._dispatch import opaque, register
+from sparse_robust_kernels.rng.reference import signed
 
 QUADS = 256  # counters of a program; 2 a thread, 8 numbers
 WORDS = ("stream", "key_low", "key_high")  # 32 bits each, whatever their value: nothing to specialise on
 
 
 @triton.jit
-def uniform_quads(quad, row, ids, streams, stream, key_low, key_high, PER_SAMPLE: tl.constexpr):
+def uniform_quads(
+    quad, row, ids, streams, stream, keys, key_low, key_high, PER_SAMPLE: tl.constexpr, KEYED: tl.constexpr
+):
     """The numbers 4 * quad ... 4 * quad + 3 of a row, in order; see `philox_uniform` of the reference."""
     sample = tl.load(ids + row)
     word = tl.load(streams + row).to(tl.uint32) if PER_SAMPLE else stream.to(tl.uint32, bitcast=True)
+    if KEYED:
+        key = tl.load(keys)
+        low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    else:
+        low, high = key_low.to(tl.uint32, bitcast=True), key_high.to(tl.uint32, bitcast=True)
     first, second, third, fourth = tl.philox_impl(
-        quad.to(tl.uint32),
-        word,
-        sample.to(tl.uint32),
-        (sample >> 32).to(tl.uint32),
-        key_low.to(tl.uint32, bitcast=True),
-        key_high.to(tl.uint32, bitcast=True),
-        10,
+        quad.to(tl.uint32), word, sample.to(tl.uint32), (sample >> 32).to(tl.uint32), low, high, 10
     )
     # A thread holds whole quads, so that it stores 16 bytes at once.
     words = tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(4 * quad.shape[0])
@@ -35,52 +37,57 @@ def uniform_quads(quad, row, ids, streams, stream, key_low, key_high, PER_SAMPLE
 
 
 @triton.jit(do_not_specialize=WORDS)
-def uniform_kernel(ids, streams, out, numel, stream, key_low, key_high, PER_SAMPLE: tl.constexpr, QUADS: tl.constexpr):
+def uniform_kernel(
+    ids, streams, out, numel, stream, keys, key_low, key_high,
+    PER_SAMPLE: tl.constexpr, KEYED: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
     chunks = tl.cdiv(numel, 4 * QUADS)
     row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     quad = chunk.to(tl.int64) * QUADS + tl.arange(0, QUADS)
-    values = uniform_quads(quad, row, ids, streams, stream, key_low, key_high, PER_SAMPLE)
+    values = uniform_quads(quad, row, ids, streams, stream, keys, key_low, key_high, PER_SAMPLE, KEYED)
     element = chunk.to(tl.int64) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     tl.store(out + row.to(tl.int64) * numel + element, values, mask=element < numel)
 
 
-def words(ids: Tensor, key: int, stream: int | Tensor) -> dict[str, Any]:
+def words(ids: Tensor, key: int | Tensor, stream: int | Tensor) -> dict[str, Any]:
     """Return the arguments that name the numbers: tensors as they are, words as signed 32-bit integers."""
-    per_sample = isinstance(stream, Tensor)
+    word, per_sample, keyed = 0 if isinstance(key, Tensor) else key, isinstance(stream, Tensor), isinstance(key, Tensor)
     return {
         "ids": ids.contiguous(),
         "streams": stream.contiguous() if isinstance(stream, Tensor) else ids,
         "stream": 0 if isinstance(stream, Tensor) else signed(stream, 32),
-        "key_low": signed(key, 32),
-        "key_high": signed(key >> 32, 32),
+        "keys": key if isinstance(key, Tensor) else ids,
+        "key_low": signed(word, 32),
+        "key_high": signed(word >> 32, 32),
         "PER_SAMPLE": per_sample,
+        "KEYED": keyed,
     }
 
 
-def signed(value: int, bits: int) -> int:
-    """Return the integer of two's complement whose last bits are those of ``value``."""
-    value %= 1 << bits
-    return value - (value >> (bits - 1) << bits)
+def split(value: int | Tensor, bits: int) -> tuple[int, Tensor | None]:
+    """Return a word that comes as a number or as a tensor as an operator's two arguments."""
+    return (0, value) if isinstance(value, Tensor) else (signed(value, bits), None)
 
 
-def _fake(ids: Tensor, numel: int, key: int, stream: int, streams: Tensor | None) -> Tensor:
+def _fake(ids: Tensor, numel: int, key: int, stream: int, streams: Tensor | None, keys: Tensor | None = None) -> Tensor:
     return ids.new_empty((len(ids), numel), dtype=torch.float32)
 
 
 @opaque("rng.philox_uniform", fake=_fake)
-def _uniform(ids: Tensor, numel: int, key: int, stream: int, streams: Tensor | None) -> Tensor:
+def _uniform(
+    ids: Tensor, numel: int, key: int, stream: int, streams: Tensor | None, keys: Tensor | None = None
+) -> Tensor:
     out = torch.empty((len(ids), numel), dtype=torch.float32, device=ids.device)
     if out.numel():
         grid = (len(ids) * triton.cdiv(numel, 4 * QUADS),)
         with torch.cuda.device_of(out):
-            named = words(ids, key, stream if streams is None else streams)
+            named = words(ids, key if keys is None else keys, stream if streams is None else streams)
             uniform_kernel[grid](out=out, numel=numel, QUADS=QUADS, num_warps=4, **named)
     return out
 
 
 @register("rng.philox_uniform", "triton", devices=("cuda",))
-def philox_uniform(ids: Tensor, numel: int, *, key: int, stream: int | Tensor) -> Tensor:
+def philox_uniform(ids: Tensor, numel: int, *, key: int | Tensor, stream: int | Tensor) -> Tensor:
     """See `sparse_robust_kernels.rng.philox_uniform`."""
-    if isinstance(stream, Tensor):
-        return _uniform(ids, numel, signed(key, 64), 0, stream)
-    return _uniform(ids, numel, signed(key, 64), stream, None)
+    (word, keys), (draw, streams) = split(key, 64), split(stream, 64)
+    return _uniform(ids, numel, word, draw, streams, keys)
