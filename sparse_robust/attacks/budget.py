@@ -96,6 +96,17 @@ class Budget:
         """
         return NORMS[self.norm].start(x, uniform.flatten(1), eps=self.eps, lo=self.lo, hi=self.hi)
 
+    def random_start(self, x: Tensor, ids: Tensor, *, key: int | Tensor, stream: int | Tensor) -> Tensor:
+        """Return `start` with the numbers of `philox_uniform`; kernels draw them on the way, without a tensor of them.
+
+        Args:
+            x: images [n, ...], float32 or float64.
+            ids, key, stream: of the numbers: int64 [n] sample ids, 64 bits (or an int64 tensor that holds them), and
+                32 bits or int64 [n].
+        """
+        start = NORMS[self.norm].random_start
+        return start(x, ids, key=key, stream=stream, eps=self.eps, lo=self.lo, hi=self.hi)
+
     def step(self, x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float) -> Tensor:
         """Return x_adv moved by step_size along the steepest ascent of the norm, back inside ball and box.
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sparse_robust.attacks.context import Model, attack_context
 from sparse_robust.attacks.losses import margin
-from sparse_robust.attacks.passes import Passes
+from sparse_robust.attacks.passes import Passes, keep_freed_memory
 from sparse_robust.attacks.procedure import Procedure, Rows, Seen, Task, where_row
+from sparse_robust.attacks.slots import Candidates, Slots
 
 KEEP: dict[str, str] = {
     "first": "the first image that fools the model; the image is done then",
@@ -33,13 +34,13 @@ Done = Callable[["Outcome", Tensor], None]
 def default_chunk(x: Tensor) -> int:
     """Return the number of images a batch, unless one is given; it enters the bits of verdicts.
 
-    On a CPU 128, and 32 of images above 64 x 64 in colour, which is where small networks are fastest and large ones
-    fit; elsewhere 256.
+    On a CPU 256 of images up to 32 x 32 in grey, 128 up to 64 x 64 in colour and 32 above, which is where small
+    networks are fastest and large ones fit; elsewhere 256.
 
     Args:
         x: images [n, ...].
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x[:1].numel() <= 32 * 32:
         return 256
     return 128 if x[:1].numel() <= 3 * 64 * 64 else 32
 
@@ -75,77 +76,6 @@ class Outcome:
         far = torch.full((len(zero),), torch.inf, dtype=task.logits.dtype, device=zero.device)
         return Outcome(task.x.clone(), zero.bool(), zero - 1, far, zero.clone(), zero.clone(), zero.clone())
 
-    def spend(self, at: Tensor, *, forward: int = 0, backward: int = 0, queries: int = 0) -> None:
-        """Add passes to the bill of the images at these positions."""
-        self.forward[at] += forward
-        self.backward[at] += backward
-        self.queries[at] += queries
-
-
-@dataclass
-class Slots:
-    """The images in work: their position in the task, the run they are in, and the state of their attack."""
-
-    at: Tensor
-    run: Tensor
-    task: Task
-    rows: Rows
-
-    def __len__(self) -> int:
-        return len(self.at)
-
-    def select(self, index: Tensor | slice) -> Slots:
-        """Return the slots at ``index``."""
-        rows = {name: value[index] for name, value in self.rows.items()}
-        return Slots(self.at[index], self.run[index], self.task.select(index), rows)
-
-    @staticmethod
-    def join(parts: list[Slots]) -> Slots:
-        """Return all slots of the parts, of which there is one at least."""
-        if len(parts) == 1:
-            return parts[0]
-        task = Task(*(torch.cat(columns) for columns in zip(*(part.task for part in parts), strict=True)))
-        rows = {name: torch.cat([part.rows[name] for part in parts]) for name in parts[0].rows}
-        at, run = (torch.cat([getattr(part, name) for part in parts]) for name in ("at", "run"))
-        return Slots(at, run, task, rows)
-
-
-@dataclass
-class Candidates:
-    """Images that may fool the model, with what it takes to go on where they do not.
-
-    Attributes:
-        slots: state after the image.
-        images: [n, ...].
-        step: int64 [n], the image's number among those shown.
-        hit: bool [n], whether it fooled the copy; otherwise it is the last one of its run, not evaluated yet.
-        over: bool [n], whether the run is over.
-    """
-
-    slots: Slots
-    images: Tensor
-    step: Tensor
-    hit: Tensor
-    over: Tensor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def without_copies(self) -> Candidates:
-        """Return the candidates once for each image, where a row went twice."""
-        order = self.slots.at.argsort(stable=True)
-        once = torch.ones_like(self.hit)
-        once[1:] = self.slots.at[order[1:]] != self.slots.at[order[:-1]]
-        index = order[once].sort().values
-        columns = (getattr(self, name)[index] for name in ("images", "step", "hit", "over"))
-        return Candidates(self.slots.select(index), *columns)
-
-    @staticmethod
-    def join(parts: list[Candidates]) -> Candidates:
-        """Return all candidates of the parts, of which there is one at least."""
-        columns = (torch.cat([getattr(part, name) for part in parts]) for name in ("images", "step", "hit", "over"))
-        return Candidates(Slots.join([part.slots for part in parts]), *columns)
-
 
 class Engine:
     """Runs attacks on one model.
@@ -169,6 +99,7 @@ class Engine:
         mode: str = "eval",
         eot_iter: int = 1,
     ) -> None:
+        keep_freed_memory()
         self.chunk, self.mode, self.eot_iter = chunk, mode, eot_iter
         self.model, self.copy = model, model if craft is None else craft
         self.real = Passes(model, self.chunk, eot_iter=eot_iter)
@@ -219,6 +150,9 @@ class _Run:
         self.fresh: deque[tuple[Tensor, Tensor]] = deque([(at, torch.zeros_like(at))] if len(at) else [])
         self.returned: deque[Slots] = deque()
         self.candidates: list[Candidates] = []
+        device = task.y.device
+        self.reads_back = device.type == "cpu"  # where it waits for nothing
+        self.kinds = torch.eye(2, dtype=torch.int64, device=device)
 
     def finish(self) -> Outcome:
         slots = self.refill(None)
@@ -244,8 +178,8 @@ class _Run:
                 at, run = self.fresh.popleft()
                 if len(at) > free:
                     self.fresh.appendleft((at[free:], run[free:]))
-                task = self.task.select(at[:free])
-                part = Slots(at[:free], run[:free], task, self.procedure.start(task, run[:free]))
+                at, run, task = at[:free], run[:free], self.task.select(at[:free])
+                part = self.unseen(Slots(at, run, task, self.procedure.start(task, run), at, at))
             parts.append(part)
             free -= len(part)
         if not parts:
@@ -254,68 +188,85 @@ class _Run:
         # Sums over a single long row may be split among threads, and then round differently: a row alone goes twice.
         return slots if len(slots) > 1 else slots.select(torch.zeros(2, dtype=torch.int64, device=slots.at.device))
 
+    def unseen(self, slots: Slots) -> Slots:
+        """Return the slots with nothing seen in them."""
+        slots.seen = slots.at.new_zeros(len(slots), 2)
+        slots.margin = self.smallest.new_full((len(slots),), torch.inf)
+        return slots
+
     def advance(self, slots: Slots) -> Slots | None:
         """Evaluate the model at every slot, move on, and take out what is fooled or over."""
-        found = Candidates(
-            slots, slots.rows["shown"], torch.zeros_like(slots.at), torch.zeros_like(slots.at, dtype=torch.bool),
-            torch.full_like(slots.at, getattr(self.procedure, "still", False), dtype=torch.bool),
-        )  # fmt: skip
-        if not getattr(self.procedure, "still", False):
+        still = getattr(self.procedure, "still", False)
+        none = torch.zeros_like(slots.at, dtype=torch.bool)
+        found = Candidates(slots, slots.rows["shown"], slots.at, none, ~none if still else none)
+        if not still:
             self.move(slots, found)
         out = found.hit | found.over
         if not bool(out.any()):
             return found.slots
         gone, kept = out.nonzero().flatten(), (~out).nonzero().flatten()
-        last = self.last_image(found.slots.rows)
-        images = where_row(found.hit, found.images, last)
-        step = torch.where(found.hit, found.step, self.shown[slots.at])
-        self.candidates.append(
-            Candidates(found.slots.select(gone), images[gone], step[gone], found.hit[gone], found.over[gone])
-        )
+        leaving, hit = found.slots.select(gone), found.hit[gone]
+        images = where_row(hit, found.images[gone], self.last_image(leaving.rows))
+        step = torch.where(hit, found.step[gone], leaving.seen.sum(1)) + self.shown[leaving.at]
+        self.bill(leaving)
+        self.candidates.append(Candidates(self.unseen(leaving), images, step, hit, found.over[gone]))
         return found.slots.select(kept) if len(kept) else None
+
+    def bill(self, slots: Slots) -> None:
+        """Add what was seen in slots to the outcome of their images."""
+        outcome, at, times = self.outcome, slots.at, self.engine.eot_iter
+        (steps, looks), every = slots.seen.unbind(1), slots.seen.sum(1)
+        outcome.forward[at] += times * every
+        outcome.queries[at] += times * (looks if self.procedure.gradient else every)
+        if self.procedure.gradient:
+            outputs = slots.task.logits.shape[1] if getattr(self.procedure, "jacobian", False) else 1
+            outcome.backward[at] += times * outputs * steps
+        outcome.margin[at] = torch.fmin(outcome.margin[at], slots.margin)
+        self.shown[at] += every
 
     def move(self, slots: Slots, found: Candidates) -> None:
         """Let the procedure take one step, and note in ``found`` what fools the copy on the way."""
-        shown = slots.rows["shown"]
+        step, looked = self.kinds
         seen = self.see(slots)
-        self.note(slots, shown, seen.logits, found)
+        self.note(slots, slots.rows["shown"], seen.logits, found, step)
 
         def look(images: Tensor) -> Tensor:
             logits = self.engine.crafting.logits(images)
-            self.outcome.spend(slots.at, forward=self.engine.eot_iter, queries=self.engine.eot_iter)
-            self.note(slots, images, logits, found)
+            self.note(slots, images, logits, found, looked)
             return logits
 
         rows, found.over = self.procedure.advance(slots.task, slots.rows, seen, look)
-        found.slots = Slots(slots.at, slots.run, slots.task, rows)
+        found.slots = Slots(slots.at, slots.run, slots.task, rows, slots.seen, slots.margin)
 
     def see(self, slots: Slots) -> Seen:
-        shown, procedure, times = slots.rows["shown"], self.procedure, self.engine.eot_iter
+        shown, procedure = slots.rows["shown"], self.procedure
 
         def losses(logits: Tensor) -> Tensor:
             return procedure.losses(logits, slots.task, slots.rows)
 
         if getattr(procedure, "jacobian", False):
-            self.outcome.spend(slots.at, forward=times, backward=times * slots.task.logits.shape[1])
             return self.engine.crafting.jacobians(shown)
         if procedure.gradient:
-            self.outcome.spend(slots.at, forward=times, backward=times)
             return self.engine.crafting.gradients(shown, losses)
-        self.outcome.spend(slots.at, forward=times, queries=times)
         logits = self.engine.crafting.logits(shown)
         return Seen(logits, losses(logits), shown.new_empty(0))
 
-    def note(self, slots: Slots, images: Tensor, logits: Tensor, found: Candidates) -> None:
-        """Remember the first image that fools the copy inside the budget, and the smallest margin."""
-        inside = self.inside(images, slots.task.x)
-        seen = torch.where(inside, self.margin(logits, slots.task.y), torch.inf)
-        self.outcome.margin[slots.at] = torch.fmin(self.outcome.margin[slots.at], seen)
-        if self.keep == "first":
-            new = self.fools(logits, slots.task.y) & inside & ~found.hit
+    def note(self, slots: Slots, images: Tensor, logits: Tensor, found: Candidates, kind: Tensor) -> None:
+        """Remember the first image that fools the copy inside the budget, the smallest margin, and that it was seen."""
+        margin = self.margin(logits, slots.task.y)
+        if not self.procedure.inside:
+            inside = self.procedure.budget.contains(images, slots.task.x)
+            margin = torch.where(inside, margin, torch.inf)
+        slots.margin = torch.fmin(slots.margin, margin)
+        # Nothing fools the copy with a margin above 0: most steps end here. NaN is not above 0.
+        if self.keep == "first" and not (self.reads_back and bool((margin > 0).all())):
+            new = self.fools(logits, slots.task.y) & ~found.hit
+            if not self.procedure.inside:
+                new &= inside
             found.images = where_row(new, images, found.images)
-            found.step = torch.where(new, self.shown[slots.at], found.step)
+            found.step = torch.where(new, slots.seen.sum(1), found.step)
             found.hit = found.hit | new
-        self.shown[slots.at] += 1
+        slots.seen = slots.seen + kind
 
     def confirm(self) -> None:
         """Ask the real model about all candidates: they are done, go on where they were, or begin their next run."""
@@ -323,7 +274,8 @@ class _Run:
         outcome, slots, times = self.outcome, found.slots, self.engine.eot_iter
         at, x, y = slots.at, slots.task.x, slots.task.y
         logits = self.engine.logits(found.images)
-        outcome.spend(at, forward=times, queries=times)
+        outcome.forward[at] += times
+        outcome.queries[at] += times
         self.shown[at[~found.hit]] += 1
         margin, inside = self.margin(logits, y), self.inside(found.images, x)
         fooled = self.fools(logits, y) & inside

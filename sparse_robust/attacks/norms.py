@@ -12,12 +12,15 @@ from torch import Tensor
 from sparse_robust.attacks.l1 import L1_START_SPARE, l1_norm, l1_start, l1_step, project_l1_box
 from sparse_robust_kernels.pgd_step import (
     L2_START_SPARE,
+    l2_random_start,
     l2_start,
     l2_step,
     linf_project,
+    linf_random_start,
     linf_start,
     linf_step,
 )
+from sparse_robust_kernels.rng import philox_uniform
 
 # Relative room that L2 steps leave below eps, so that the rounding of x + delta and of the norm does not cross it.
 L2_ROOM = 2.0**-18
@@ -29,6 +32,7 @@ class Norm:
 
     Attributes:
         start: (x, uniform [n, numel + spare]) -> images, exactly inside.
+        random_start: (x, ids, key=, stream=) -> the same of numbers that are drawn on the way.
         step: (x_adv, x, grad, step_size) -> images.
         project: (x_adv, x) -> images, exactly inside.
         measure: perturbation [n, ...] -> its norm [n].
@@ -36,6 +40,7 @@ class Norm:
     """
 
     start: Callable[..., Tensor]
+    random_start: Callable[..., Tensor]
     step: Callable[..., Tensor]
     project: Callable[..., Tensor]
     measure: Callable[[Tensor], Tensor]
@@ -61,6 +66,20 @@ def _l2_norm(delta: Tensor) -> Tensor:
 def _l2_start(x: Tensor, uniform: Tensor, *, eps: float, lo: float, hi: float) -> Tensor:
     start = l2_start(x, uniform, eps=eps * (1 - L2_ROOM), lo=lo, hi=hi)
     return _l2_project(start, x, eps=eps, lo=lo, hi=hi)
+
+
+def _l2_random_start(
+    x: Tensor, ids: Tensor, *, key: int | Tensor, stream: int | Tensor, eps: float, lo: float, hi: float
+) -> Tensor:
+    start = l2_random_start(x, ids, key=key, stream=stream, eps=eps * (1 - L2_ROOM), lo=lo, hi=hi)
+    return _l2_project(start, x, eps=eps, lo=lo, hi=hi)
+
+
+def _l1_random_start(
+    x: Tensor, ids: Tensor, *, key: int | Tensor, stream: int | Tensor, eps: float, lo: float, hi: float
+) -> Tensor:
+    uniform = philox_uniform(ids, x.shape[1:].numel() + L1_START_SPARE, key=key, stream=stream)
+    return l1_start(x, uniform, eps=eps, lo=lo, hi=hi)
 
 
 def _l2_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, step_size: float, eps: float, lo: float, hi: float) -> Tensor:
@@ -90,7 +109,7 @@ def _l2_project(x_adv: Tensor, x: Tensor, *, eps: float, lo: float, hi: float) -
 
 
 NORMS: dict[str, Norm] = {
-    "Linf": Norm(linf_start, linf_step, linf_project, _linf_norm),
-    "L2": Norm(_l2_start, _l2_step, _l2_project, _l2_norm, spare=L2_START_SPARE),
-    "L1": Norm(l1_start, l1_step, project_l1_box, l1_norm, spare=L1_START_SPARE),
+    "Linf": Norm(linf_start, linf_random_start, linf_step, linf_project, _linf_norm),
+    "L2": Norm(_l2_start, _l2_random_start, _l2_step, _l2_project, _l2_norm, spare=L2_START_SPARE),
+    "L1": Norm(l1_start, _l1_random_start, l1_step, project_l1_box, l1_norm, spare=L1_START_SPARE),
 }

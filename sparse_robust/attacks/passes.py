@@ -7,7 +7,10 @@ ones whose results were seen to have the same bits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +24,23 @@ from sparse_robust.errors import UsageError
 Losses = Callable[[Tensor], Tensor]
 """logits [n, classes] -> [n]."""
 
-_SIZES: WeakKeyDictionary[Model, dict[Hashable, tuple[int, ...]]] = WeakKeyDictionary()
+
+@dataclass
+class _Sizes:
+    """What is known of batch sizes below the chunk.
+
+    Attributes:
+        agreed: those that gave the same bits as the chunk.
+        refused: the largest that did not, 0 if there is none; the chunk, where the place in the batch matters.
+        wasted: rows that were padded because a size was not tried yet.
+    """
+
+    agreed: set[int] = field(default_factory=set)
+    refused: int = 0
+    wasted: Counter[int] = field(default_factory=Counter)
+
+
+_SIZES: WeakKeyDictionary[Model, dict[Hashable, _Sizes]] = WeakKeyDictionary()
 
 
 def differentiate(model: Model, images: Tensor, losses: Losses) -> Seen:
@@ -54,6 +73,16 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+@cache
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 64 MiB that are freed, instead of giving them back to the system after every pass.
+
+    Fetching them again, page by page, was a fifth of the time of a small ResNet's gradient. glibc raises its thresholds
+    when a block of up to 32 MiB is freed that it had from the system; elsewhere this does nothing.
+    """
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+
+
 class Passes:
     """A model, evaluated at batches of canonical sizes only.
 
@@ -67,7 +96,10 @@ class Passes:
 
     def __init__(self, model: Model, chunk: int, *, eot_iter: int = 1, pad: bool = True) -> None:
         self.model, self.chunk, self.eot_iter, self.pad = model, chunk, eot_iter, pad
-        self._own_sizes: dict[Hashable, tuple[int, ...]] = {}
+        self._own_sizes: dict[Hashable, _Sizes] = {}
+        # Multiples of a sixteenth of the chunk, or of 8, which is what vectors hold; and the powers of two.
+        apart = max(8, chunk // 16)
+        self._candidates = sorted({1 << k for k in range(chunk.bit_length())} | set(range(apart, chunk, apart)))
 
     def logits(self, images: Tensor) -> Tensor:
         """Return logits [n, classes] of any number of images, without gradient."""
@@ -91,25 +123,38 @@ class Passes:
         logits, loss, grad = self._averaged(images, lambda part: jacobian(self.model, part), gradient=True)
         return Seen(logits, loss, grad)
 
-    def sizes(self, images: Tensor, *, gradient: bool) -> tuple[int, ...]:
-        """Return the canonical batch sizes, ascending: `chunk`, and the powers of two below it with the same bits.
+    def size(self, images: Tensor, *, gradient: bool) -> int:
+        """Return the size of the batch in which to evaluate so many images: the smallest known to give the same bits.
 
-        Each is tried once for a model and an image shape, on the images at hand, at both ends of the chunk. One that
-        differs anywhere ends the search: smaller ones rarely agree then.
+        That is `chunk` at first. Another size is tried, once for a model and an image shape, as soon as padding because
+        it is not known has cost as much as the trial: on the images at hand, at both ends of the chunk. Where one
+        differs anywhere, smaller ones are not tried: they rarely agree then.
         """
         key = (self.chunk, gradient, images.shape[1:], images.dtype, images.device, torch.get_num_threads())
-        known = self._known_sizes()
-        if key not in known:
-            known[key] = (*sorted(self._same_bits(images, gradient)), self.chunk)
-        return known[key]
+        known, count = self._known_sizes().setdefault(key, _Sizes()), len(images)
+        best = min((size for size in known.agreed if size >= count), default=self.chunk)
+        wanted = next((size for size in self._candidates if max(count, known.refused + 1) <= size < best), best)
+        if wanted == best:
+            return best
+        known.wasted[wanted] += best - wanted
+        if known.wasted[wanted] < self.chunk + 2 * wanted:
+            return best
+        if not known.agreed and not known.refused and not self._agrees(images, self.chunk, gradient, turned=True):
+            known.refused = self.chunk  # where the place in the batch matters, no size is worth a try
+        elif self._agrees(images, wanted, gradient):
+            known.agreed.add(wanted)
+        else:
+            known.refused = wanted
+        return wanted if wanted in known.agreed else best
 
-    def _known_sizes(self) -> dict[Hashable, tuple[int, ...]]:
+    def _known_sizes(self) -> dict[Hashable, _Sizes]:
         try:
             return _SIZES.setdefault(self.model, {})
         except TypeError:  # what cannot be referenced weakly
             return self._own_sizes
 
-    def _same_bits(self, images: Tensor, gradient: bool) -> set[int]:
+    def _agrees(self, images: Tensor, size: int, gradient: bool, *, turned: bool = False) -> bool:
+        """Whether batches of a size give the bits of the chunk; ``turned``: with the rows the other way round."""
         rows = images[torch.arange(self.chunk, device=images.device) % len(images)]
         # Equal rows would hide a dependence on the position.
         ramp = torch.linspace(0, 0.5, self.chunk, device=rows.device, dtype=rows.dtype)
@@ -120,16 +165,11 @@ class Passes:
                 return self._forward(part)
             return differentiate(self.model, part, lambda logits: torch.logsumexp(logits, 1) - logits[:, 0])
 
-        whole, agreed, size = bits(rows), set[int](), self.chunk
-        if not all(torch.equal(a, b.flip(0)) for a, b in zip(bits(rows.flip(0)), whole, strict=True)):
-            return agreed  # where the place in the batch matters, another size is not even worth a try
-        while size > 1:
-            size = 1 << (size - 1).bit_length() - 1  # the next power of two below
-            for where in (slice(0, size), slice(self.chunk - size, self.chunk)):
-                if not all(torch.equal(a, b[where]) for a, b in zip(bits(rows[where]), whole, strict=True)):
-                    return agreed
-            agreed.add(size)
-        return agreed
+        whole = bits(rows)
+        if turned:
+            return all(torch.equal(a, b.flip(0)) for a, b in zip(bits(rows.flip(0)), whole, strict=True))
+        ends = (slice(0, size), slice(self.chunk - size, self.chunk))
+        return all(torch.equal(a, b[end]) for end in ends for a, b in zip(bits(rows[end]), whole, strict=True))
 
     def _forward(self, images: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -143,7 +183,7 @@ class Passes:
     ) -> tuple[Tensor, ...]:
         count, shown = len(images), images
         if self.pad and 0 < count < self.chunk:
-            size = next(size for size in self.sizes(images, gradient=gradient) if size >= count)
+            size = self.size(images, gradient=gradient)
             shown = torch.cat([images, images[:1].expand(size - count, *images.shape[1:])])
         seen = see(shown)
         for _ in range(self.eot_iter - 1):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Collection
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +12,15 @@ from torch import Tensor
 from sparse_robust.attacks.base import EngineAttack
 from sparse_robust.attacks.budget import Budget, parse_eps
 from sparse_robust.attacks.context import MODES, Model, attack_context
-from sparse_robust.attacks.engine import KEEP
 from sparse_robust.attacks.inputs import check_labels, prepare, recording
 from sparse_robust.attacks.losses import LOSSES, kl
 from sparse_robust.attacks.norms import NORMS
 from sparse_robust.attacks.passes import differentiate, full_precision
-from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, noise, per_row
+from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, per_row
+from sparse_robust.attacks.replica import Replica
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.seeding import derive_seed
+from sparse_robust_kernels.rng import signed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +65,7 @@ class PGD(EngineAttack):
     alpha: InitVar[str | float | None] = None
 
     def __post_init__(self, alpha: str | float | None) -> None:
-        losses = (*LOSSES, "kl")
-        for kind, value, known in (
-            ("norm", self.norm, NORMS), ("loss", self.loss, losses), ("mode", self.mode, MODES),
-            ("keep", self.keep, {"first": KEEP["first"], "last": KEEP["last"]}),
-        ):  # fmt: skip
-            if value not in known:
-                raise unknown(f"attack {kind}", value, known)
-        for name, least in (("steps", 0), ("n_restarts", 1), ("eot_iter", 1)):
-            count = getattr(self, name)
-            if not isinstance(count, int) or isinstance(count, bool) or count < least:
-                raise UsageError(f"{name} must be an integer of at least {least}, got {count!r}.")
-        if self.n_restarts > 1 and not self.random_start:
-            raise UsageError(f"{self.n_restarts} restarts without a random start repeat one attack; set random_start.")
+        check_iterated(self, norm=NORMS, loss=(*LOSSES, "kl"))
         if not self.momentum >= 0:
             raise UsageError(f"momentum must be 0 or more, got {self.momentum!r}.")
         if self.loss == "kl" and (self.targeted or not self.random_start):
@@ -82,10 +73,7 @@ class PGD(EngineAttack):
                 "loss 'kl' is the divergence from the prediction on the clean image: it has no target, and no gradient "
                 "there, so it needs a random start."
             )
-        if alpha is not None:
-            if self.step_size is not None and alpha != self.step_size:
-                raise UsageError(f"alpha is another name for step_size, got both: {alpha!r} and {self.step_size!r}.")
-            object.__setattr__(self, "step_size", alpha)
+        take_alpha(self, alpha, unset=None)
         if self.step_size is not None:
             parse_eps(self.step_size)
 
@@ -112,17 +100,37 @@ class PGD(EngineAttack):
 
         With one restart this makes ``steps`` forward and backward passes (with loss ``kl`` one more forward pass), on
         the batch as it is, and never waits for a GPU; values of images and labels are therefore checked on the CPU
-        only. With several it is `run`, which takes the same arguments.
+        only. On a replica that captures, all of it is one CUDA graph; see `make_replica`. With several restarts it is
+        `run`, which takes the same arguments.
+
+        Raises:
+            UsageError: also for a replica in another batch-norm mode than this attack's.
         """
+        replica = model if isinstance(model, Replica) and model.module is not None else None
+        if replica is not None and replica.mode != self.mode:
+            raise UsageError(
+                f"the attack works in mode {self.mode!r}, but the replica is in {replica.mode!r}: make the replica "
+                f"with mode={self.mode!r}, or attack the model itself."
+            )
         if self.n_restarts > 1 or self.eot_iter > 1:
             return self.run(model, x, y, eps=eps, ids=ids).images
         budget = Budget(self.norm, parse_eps(eps))
+        procedure = self.prepare(budget, 0)
+
+        def craft(x: Tensor, y: Tensor, ids: Tensor, *key: Tensor) -> Tensor:
+            if key:
+                procedure.key = key[0]
+            task = Task(x, y, ids, full_precision(model(x)) if self.loss == "kl" else x.new_empty(len(x), 0))
+            return climb(procedure, model, task, check=x.device.type == "cpu" and not key)
+
         with recording(), torch.no_grad(), attack_context(model, self.mode):
             x, y, ids = prepare(x, y, ids, budget, wait=False)
             if not len(x):
                 return x.clone()
-            task = Task(x, y, ids, full_precision(model(x)) if self.loss == "kl" else x.new_empty(len(x), 0))
-            return climb(self.prepare(budget, 0), model, task, check=x.device.type == "cpu")
+            if replica is None or replica.graphs is None:
+                return craft(x, y, ids)
+            key = torch.full((), signed(int(procedure.key), 64), device=x.device)
+            return replica.graphs.run((replace(self, seed=0), budget), craft, (x, y, ids, key))
 
     def resolve_step_size(self, eps: float) -> float:
         """Return the length of one step within radius eps."""
@@ -130,6 +138,41 @@ class PGD(EngineAttack):
 
     def _default_step_size(self, eps: float) -> float:
         return 2.5 * eps / max(1, self.steps)
+
+
+def check_iterated(attack: Any, **choices: Collection[str]) -> None:
+    """Check what attacks that take ``steps`` steps have in common.
+
+    Args:
+        attack: has ``steps``, ``n_restarts``, ``eot_iter``, ``random_start``, ``mode`` and ``keep``.
+        choices: known values of further fields.
+
+    Raises:
+        UsageError: naming the field, what is expected of it, and what came.
+    """
+    choices |= {"mode": MODES, "keep": ("first", "last")}
+    for kind, known in choices.items():
+        if getattr(attack, kind) not in known:
+            raise unknown(f"attack {kind}", getattr(attack, kind), known)
+    for name, least in (("steps", 0), ("n_restarts", 1), ("eot_iter", 1)):
+        count = getattr(attack, name)
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            raise UsageError(f"{name} must be an integer of at least {least}, got {count!r}.")
+    if attack.n_restarts > 1 and not attack.random_start:
+        raise UsageError(f"{attack.n_restarts} restarts without a random start repeat one attack; set random_start.")
+
+
+def take_alpha(attack: Any, alpha: str | float | None, *, unset: str | None) -> None:
+    """Take ``alpha``, another name, as the step size of a frozen attack; ``unset`` is its value where none was given.
+
+    Raises:
+        UsageError: if both names were given, with different values.
+    """
+    if alpha is None:
+        return
+    if attack.step_size not in (unset, alpha):
+        raise UsageError(f"alpha is another name for step_size, got both: {alpha!r} and {attack.step_size!r}.")
+    object.__setattr__(attack, "step_size", alpha)
 
 
 class Ascent:
@@ -142,14 +185,13 @@ class Ascent:
         self.attack, self.budget, self.runs = attack, budget, attack.n_restarts
         self.still = attack.steps == 0
         self.step_size = attack.resolve_step_size(budget.eps)
-        self.key = derive_seed(int(attack.seed), "pgd")
+        self.key: int | Tensor = derive_seed(int(attack.seed), "pgd")
 
     def start(self, task: Task, run: Tensor) -> Rows:
         """Return x, or a random point of the ball, exactly inside."""
         shown = task.x.clone()
         if self.attack.random_start:
-            uniform = noise(task, self.budget.noise_size(task.x), key=self.key, stream=run)
-            shown = self.budget.start(task.x, uniform)
+            shown = self.budget.random_start(task.x, task.ids, key=self.key, stream=run)
         rows = {"shown": shown, "step": torch.zeros_like(run)}
         if self.attack.momentum:
             rows["velocity"] = torch.zeros_like(shown)

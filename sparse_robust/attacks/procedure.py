@@ -96,7 +96,7 @@ class Procedure(Protocol):
         """
 
 
-def noise(task: Task, numel: int, *, key: int, stream: Tensor) -> Tensor:
+def noise(task: Task, numel: int, *, key: int | Tensor, stream: Tensor) -> Tensor:
     """Return uniform numbers in [0, 1), float32 [n, numel], a function of (key, stream, sample id, element) alone.
 
     Args:

@@ -18,9 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparse_robust.attacks.capture import Graphs
 from sparse_robust.attacks.context import Model, attack_context
 from sparse_robust.attacks.inputs import check_logits, recording
-from sparse_robust.errors import unknown
+from sparse_robust.attacks.stem import quicken
+from sparse_robust.errors import UsageError, unknown
 from sparse_robust.masks import unwrap
 
 PRECISIONS: dict[str, str] = {
@@ -67,6 +69,8 @@ class Replica:
         reason: why there is no copy, or why nothing in it is folded although that was wanted; None if all went well.
         precision: a key of `PRECISIONS`.
         channels_last: whether images [n, C, H, W] are laid out with channels last.
+        mode: what batch norm does: ``eval`` or ``train_frozen``, see `MODES`.
+        graphs: the attacks captured on it; None where it does not capture.
     """
 
     def __init__(
@@ -78,7 +82,10 @@ class Replica:
         reason: str | None = None,
         precision: str = "fp32",
         channels_last: bool = False,
+        mode: str = "eval",
+        capture: bool = False,
     ) -> None:
+        self.mode, self.graphs = mode, Graphs() if capture else None
         self.model, self.module, self.folded, self.reason = model, module, folded, reason
         self.precision, self.channels_last = precision, channels_last
         self._compute = model if module is None else module
@@ -89,9 +96,20 @@ class Replica:
             images = _ChannelsLast.apply(images)
         if self.precision == "fp32":
             return self._compute(images)
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+        # Nothing to cache: weights are cast already. In a captured graph a cache would outlive its memory.
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, cache_enabled=False):
             logits = self._compute(images)
         return logits.float()
+
+    @property
+    def target(self) -> Model:
+        """What to give to attacks: the replica, or where there is no copy the model itself, in the attack's mode."""
+        return self.model if self.module is None else self
+
+    @property
+    def capture(self) -> bool:
+        """Whether attacks on it are captured as CUDA graphs."""
+        return self.graphs is not None and not self.graphs.failure
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -108,7 +126,14 @@ class Replica:
 
 
 def make_replica(
-    model: Model, example: Tensor, *, precision: str = "fp32", fold: bool = True, channels_last: bool = True
+    model: Model,
+    example: Tensor,
+    *,
+    precision: str = "fp32",
+    fold: bool = True,
+    channels_last: bool = True,
+    mode: str = "eval",
+    capture: bool = True,
 ) -> Replica:
     """Return a copy of a model for attacks, checked against it.
 
@@ -123,12 +148,20 @@ def make_replica(
         precision: a key of `PRECISIONS`.
         fold: fold batch norms.
         channels_last: lay out 4-d weights and images with channels last.
+        mode: ``eval``, or ``train_frozen``: batch statistics, nothing folded, and no running statistics touched.
+        capture: on a GPU, make PGD and FGSM one CUDA graph, from start to last step, at the first call of a kind, and
+            replay it then, also after `refresh`. Elsewhere it changes nothing.
 
     Raises:
-        UsageError: for an unknown precision, or a model whose output is no logits.
+        UsageError: for an unknown precision or mode, or a model whose output is no logits.
     """
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
+    if mode not in ("eval", "train_frozen"):
+        raise UsageError(
+            f"a replica computes in mode 'eval' or 'train_frozen', got {mode!r}"
+            + (": such an attack updates the statistics of the model itself; attack that." if mode == "train" else ".")
+        )
     if not isinstance(model, nn.Module):
         return Replica(model, None, reason="it is no torch module", precision=precision)
     original, example = unwrap(model), example[:CHECKED]
@@ -137,14 +170,29 @@ def make_replica(
     with recording(), torch.no_grad(), exact, attack_context(original):
         logits = check_logits(original(example), len(example))
         try:
-            module, folded, reason = _copy(original, example, logits, fold)
+            module, folded, reason = _copy(original, example, logits, fold and mode == "eval")
         except Exception as error:  # whatever keeps a foreign module from being copied, attacks can do without
             return Replica(model, None, reason=_describe(error), precision=precision)
         if channels_last:
             module.to(memory_format=torch.channels_last)
         if precision == "bf16":
             _cast_weights(module)
-    return Replica(model, module, folded=folded, reason=reason, precision=precision, channels_last=channels_last)
+        else:
+            quicken(module)
+    if mode == "train_frozen":
+        _use_batch_statistics(original, module)
+    return Replica(
+        model, module, folded=folded, reason=reason, precision=precision, channels_last=channels_last, mode=mode,
+        capture=capture and example.device.type == "cuda",
+    )  # fmt: skip
+
+
+def _use_batch_statistics(original: nn.Module, module: nn.Module) -> None:
+    """Put a copy in the mode that `attack_context` puts the original in: layers its owner froze stay frozen."""
+    for source, part in zip(original.modules(), module.modules(), strict=True):
+        part.training = source.training or not original.training
+        if isinstance(part, _BatchNorm):
+            part.track_running_stats = False
 
 
 def _copy(
@@ -190,6 +238,10 @@ class _Uses(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.of: Counter[int] = Counter()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to have the compiler skip this mode, torch would import it: more than a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.of.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))

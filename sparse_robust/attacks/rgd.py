@@ -12,13 +12,15 @@ from sparse_robust.attacks.apgd import APGD
 from sparse_robust.attacks.apgd_ascent import MOMENTUM, AdaptiveAscent
 from sparse_robust.attacks.base import EngineAttack
 from sparse_robust.attacks.budget import Budget, parse_eps
-from sparse_robust.attacks.context import MODES, Model, attack_context
-from sparse_robust.attacks.engine import KEEP
+from sparse_robust.attacks.context import Model, attack_context
 from sparse_robust.attacks.losses import LOSSES, cross_entropy
 from sparse_robust.attacks.passes import full_precision
-from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, noise, per_row, where_row
-from sparse_robust.errors import UsageError, unknown
+from sparse_robust.attacks.pgd import check_iterated, take_alpha
+from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, per_row, where_row
+from sparse_robust.errors import UsageError
 from sparse_robust.seeding import derive_seed
+from sparse_robust_kernels.pgd_step import rgd_step
+from sparse_robust_kernels.pgd_step.reference import LARGEST_HIDDEN
 
 DIRECTIONS = {"raw": "the gradient as it is", "sign": "its sign"}
 RECURSIONS = {
@@ -34,7 +36,7 @@ adversarially trained networks and an ordinary one, 7 and 20 steps); 1 lost up t
 23.4 lost up to 17 and 11 points at the larger radius.
 """
 
-_LARGEST_STEP, _LARGEST_HIDDEN = 1e36, 1e30  # far from where single precision overflows
+_LARGEST_STEP = 1e36  # far from where single precision overflows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +94,8 @@ class RGD(EngineAttack):
     def __post_init__(self, alpha: str | float | None) -> None:
         if self.norm != "Linf":
             raise UsageError(f"RGD is defined in norm Linf, got {self.norm!r}; use PGD or APGD in L2 and L1.")
-        for kind, value, known in (
-            ("direction", self.direction, DIRECTIONS), ("recursion", self.recursion, RECURSIONS),
-            ("loss", self.loss, LOSSES), ("mode", self.mode, MODES),
-            ("keep", self.keep, {"first": KEEP["first"], "last": KEEP["last"]}),
-        ):  # fmt: skip
-            if value not in known:
-                raise unknown(f"attack {kind}", value, known)
-        for name, least in (("steps", 0), ("n_restarts", 1), ("eot_iter", 1)):
-            count = getattr(self, name)
-            if not isinstance(count, int) or isinstance(count, bool) or count < least:
-                raise UsageError(f"{name} must be an integer of at least {least}, got {count!r}.")
-        if self.n_restarts > 1 and not self.random_start:
-            raise UsageError(f"{self.n_restarts} restarts without a random start repeat one attack; set random_start.")
-        if alpha is not None:
-            if self.step_size not in ("auto", alpha):
-                raise UsageError(f"alpha is another name for step_size, got both: {alpha!r} and {self.step_size!r}.")
-            object.__setattr__(self, "step_size", alpha)
+        check_iterated(self, direction=DIRECTIONS, recursion=RECURSIONS, loss=LOSSES)
+        take_alpha(self, alpha, unset="auto")
         _fixed(self.step_size)
 
     @property
@@ -149,8 +136,7 @@ class HiddenAscent:
         """Return x and a hidden perturbation of zero, or a random point of the ball."""
         shown, step_size = task.x.clone(), task.x.new_full(run.shape, self.step_size or 0.0)
         if self.attack.random_start:
-            uniform = noise(task, self.budget.noise_size(task.x), key=self.key, stream=run)
-            shown = self.budget.start(task.x, uniform)
+            shown = self.budget.random_start(task.x, task.ids, key=self.key, stream=run)
         return {"shown": shown, "hidden": shown - task.x, "step": torch.zeros_like(run), "step_size": step_size}
 
     def losses(self, logits: Tensor, task: Task, rows: Rows) -> Tensor:
@@ -163,12 +149,14 @@ class HiddenAscent:
         grad, step_size, step = _finite(seen.grad), rows["step_size"], rows["step"] + 1
         if self.step_size is None:
             step_size = _auto(step_size, grad, self.budget.eps)
-        move = per_row(step_size, grad) * (grad.sign() if self.attack.direction == "sign" else grad)
+        upwards = grad.sign() if self.attack.direction == "sign" else grad
         if self.attack.recursion == "hidden":
-            hidden = (rows["hidden"] + move).clamp(-_LARGEST_HIDDEN, _LARGEST_HIDDEN)
-            shown = self.budget.project(task.x + hidden, task.x)
+            budget = self.budget
+            hidden, shown = rgd_step(
+                rows["hidden"], task.x, upwards, step_size=step_size, eps=budget.eps, lo=budget.lo, hi=budget.hi
+            )
         else:
-            shown = self.budget.project(rows["shown"] + move, task.x)
+            shown = self.budget.project(rows["shown"] + per_row(step_size, grad) * upwards, task.x)
             hidden = shown - task.x
         return {"shown": shown, "hidden": hidden, "step": step, "step_size": step_size}, step >= self.attack.steps
 
@@ -235,7 +223,7 @@ class RawFirst(AdaptiveAscent):
 
         here, share = rows["hidden"], per_row(torch.where(rows["step"] > 0, MOMENTUM, 1.0).to(grad.dtype), grad)
         hidden = here + share * (per_row(step_size, grad) * grad) + (1 - share) * (here - previous)
-        hidden = where_row(raw, hidden.clamp(-_LARGEST_HIDDEN, _LARGEST_HIDDEN), plain["shown"])
+        hidden = where_row(raw, hidden.clamp(-LARGEST_HIDDEN, LARGEST_HIDDEN), plain["shown"])
         return {
             "hidden": hidden,
             "shown": self.budget.project(hidden, task.x),

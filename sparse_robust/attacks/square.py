@@ -210,7 +210,8 @@ class _Windows:
         sizes = [_size(p_init / 2**level, height, width, power) for level in range(len(HALVINGS) + 1)]
         device, self.dtype, self.outside = images.device, images.dtype, max(sizes)
         self.sizes, self.halvings = torch.tensor(sizes, device=device), torch.tensor(HALVINGS, device=device)
-        self.rows, self.columns = torch.arange(height, device=device), torch.arange(width, device=device)
+        self.shape, self.lengths = (height, width), torch.tensor([height, width], device=device)
+        self.positions = torch.arange(max(height, width), device=device)
         if power < math.inf:  # one table, so that rows of any size look up their pattern at once; zeros are outside
             padded = [F.pad(_pattern(size, power), (0, self.outside + 1 - size) * 2) for size in sizes]
             both = torch.stack([torch.stack([upright, upright.T]) for upright in padded])
@@ -218,13 +219,11 @@ class _Windows:
 
     def place(self, uniform: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Return windows of ``size`` int64 [n], wholly inside the image, at random: ``uniform`` is [n, 2]."""
-        placed = []
-        for axis, positions in enumerate((self.rows, self.columns)):
-            # It stays below the number of places: fp32 rounds (1 - 2**-24) * count to less than count.
-            begin = (uniform[:, axis] * (len(positions) + 1 - size)).long()
-            offset = positions - begin[:, None]
-            placed.append(torch.where((offset >= 0) & (offset < size[:, None]), offset, self.outside))
-        return placed[0], placed[1]
+        # It stays below the number of places: fp32 rounds (1 - 2**-24) * count to less than count.
+        begin = (uniform * (self.lengths + 1 - size[:, None])).long()
+        offset = self.positions - begin[:, :, None]
+        placed = torch.where((offset >= 0) & (offset < size[:, None, None]), offset, self.outside)
+        return placed[:, 0, : self.shape[0]], placed[:, 1, : self.shape[1]]
 
     def inside(self, window: tuple[Tensor, Tensor]) -> Tensor:
         """Return 1 in the window and 0 elsewhere, [n, 1, H, W]."""

@@ -199,16 +199,53 @@ def test_finished_images_are_told_once_each(count: int, threshold: float) -> Non
     assert outcome.candidates - outcome.rejected <= int(outcome.fooled.sum())
 
 
-def test_smaller_batches_are_used_only_where_their_bits_agree() -> None:
-    class Fickle(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([x, x * (1 + 1e-6 * (len(x) < 8))], 1)
+class Fickle(nn.Module):
+    """Rounds differently in batches of fewer than ``least``, and where ``places`` is set in the first row."""
 
-    x = torch.rand(3, 1)
-    assert Passes(Threshold(0.5), 32).sizes(x, gradient=True) == (1, 2, 4, 8, 16, 32)
-    assert Passes(Fickle(), 32).sizes(x, gradient=False) == (8, 16, 32)
-    assert Passes(Fickle(), 24).sizes(x, gradient=True) == (8, 16, 24)
-    assert torch.equal(Passes(Fickle(), 32).logits(x), torch.cat([x, x], 1))
+    def __init__(self, least: int, places: bool = False) -> None:
+        super().__init__()
+        self.least, self.places, self.sizes = least, places, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        factor = torch.ones(len(x), 1) * (1 + 1e-6 * (len(x) < self.least))
+        factor[0] += 1e-6 * self.places
+        return torch.cat([x, x * factor], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "chunk", "count", "size"),
+    [
+        (Fickle(0), 32, 3, 4),
+        (Fickle(0), 32, 17, 24),  # beside the powers of two, multiples of 8
+        (Fickle(0), 256, 130, 144),  # or of a sixteenth of the chunk
+        (Fickle(0), 24, 17, 24),
+        (Fickle(8), 32, 3, 8),
+        (Fickle(9), 24, 1, 16),
+        (Fickle(32), 32, 3, 32),
+        (Fickle(0, places=True), 32, 3, 32),
+    ],
+)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_smallest_batch_with_the_same_bits_is_found(
+    model: Fickle, chunk: int, count: int, size: int, gradient: bool
+) -> None:
+    model = Fickle(model.least, model.places)
+    passes, x = Passes(model, chunk), torch.rand(count, 1)
+    assert passes.size(x, gradient=gradient) == chunk and not model.sizes  # nothing is tried for one batch
+    found = [passes.size(x, gradient=gradient) for _ in range(60)]
+    assert found[-1] == size == min(found) and found == sorted(found, reverse=True)
+    settled = sum(model.sizes)
+    assert settled <= sum(chunk - min(size, count) for _ in found)  # trials cost less than padding would have
+    assert passes.size(torch.rand(count, 1), gradient=gradient) == size and sum(model.sizes) == settled
+
+
+def test_batches_that_are_padded_and_those_that_are_not_give_the_same_bits() -> None:
+    x, model = torch.rand(3, 1), Fickle(8)
+    passes = Passes(model, 32)
+    for _ in range(20):
+        assert torch.equal(passes.logits(x), torch.cat([x, x], 1))
+    assert set(model.sizes[-3:]) == {8}
 
 
 def test_noise_is_a_function_of_seed_id_and_stream() -> None:

@@ -1,0 +1,79 @@
+"""Captured attacks on a GPU: replays are the attack itself, with new images, noise, weights and radii."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_robust.attacks import FGSM, PGD
+from sparse_robust.attacks.replica import make_replica
+
+pytestmark = pytest.mark.gpu
+
+ATTACKS = [FGSM(), PGD(steps=4), PGD(norm="L2", steps=3), PGD(norm="L1", steps=3), PGD(steps=3, loss="kl")]
+
+
+@pytest.fixture
+def on_gpu(trained: Any) -> Any:
+    model, x, y, ids = trained
+    return model.cuda(), x.cuda(), y.cuda(), ids.cuda()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["eval", "train_frozen"])
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.name}-{attack.norm}-{attack.loss}")
+def test_replays_are_the_attack_itself(on_gpu: Any, attack: PGD, mode: str, precision: str) -> None:
+    model, x, y, ids = on_gpu
+    attack = replace(attack, mode=mode)
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    with exact:
+        captured, plain = (
+            make_replica(model, x, precision=precision, mode=mode, capture=capture) for capture in (True, False)
+        )
+        assert captured.capture and not plain.capture and captured.graphs is not None
+        for number, (eps, count) in enumerate([(0.1, 100), (0.1, 100), (0.1, 100), (0.2, 100), (0.1, 70), (0.1, 100)]):
+            part = slice(number, number + count)
+            crafts, call = replace(attack, seed=number), {"eps": eps, "ids": ids[part]}
+            got = crafts(captured.target, x[part], y[part], **call)
+            expected = crafts(plain.target, x[part], y[part], **call)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+            for parameter in model.parameters():
+                parameter.data *= 1.05
+            captured.refresh()
+            plain.refresh()
+        assert not captured.graphs.failure and len(captured.graphs) == 3
+
+
+def test_a_replay_never_waits(on_gpu: Any) -> None:
+    model, x, y, ids = on_gpu
+    replica, attack = make_replica(model, x), PGD(steps=3)
+    attack(replica, x, y, eps=0.1, ids=ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        replica.refresh()
+        replace(attack, seed=1)(replica, x, y, eps=0.1, ids=ids + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert replica.capture
+
+
+def test_what_waits_cannot_be_captured_and_runs_as_it_is(on_gpu: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, x, y, ids = on_gpu
+
+    class Waits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.inner(images) * (1 if float(images.sum()) > 0 else 2)
+
+    replica, attack = make_replica(Waits(), x), PGD(steps=2)
+    assert replica.capture
+    for _ in range(2):
+        assert (attack(replica, x, y, eps=0.1, ids=ids) != x).any()
+    assert not replica.capture
+    assert sum("run without CUDA graphs" in record.getMessage() for record in caplog.records) == 1
