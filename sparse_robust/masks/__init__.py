@@ -3,7 +3,19 @@
 from sparse_robust.masks.mask_set import Masks
 from sparse_robust.masks.prunable import fit_stem, prunable_weights, stem_weights
 from sparse_robust.masks.select import cut, select_kth
+from sparse_robust.masks.shards import Shard, shard_of
 from sparse_robust.masks.wrappers import unwrap
-from sparse_robust_kernels.select import Kth, Reduce
+from sparse_robust_kernels.select import Kth
 
-__all__ = ["Kth", "Masks", "Reduce", "cut", "fit_stem", "prunable_weights", "select_kth", "stem_weights", "unwrap"]
+__all__ = [
+    "Kth",
+    "Masks",
+    "Shard",
+    "cut",
+    "fit_stem",
+    "prunable_weights",
+    "select_kth",
+    "shard_of",
+    "stem_weights",
+    "unwrap",
+]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from sparse_robust.errors import FileError, UsageError, unknown
 from sparse_robust.masks import storage
 from sparse_robust.masks.prunable import prunable_weights
-from sparse_robust.masks.wrappers import find_parameters
+from sparse_robust.masks.shards import Shard, whole_shape
+from sparse_robust.masks.wrappers import find_parameters, held_parts
 from sparse_robust_kernels import masks as kernel
 
 Shape = tuple[int, ...]
@@ -49,7 +50,7 @@ class Masks:
     def full(cls, source: nn.Module | Mapping[str, Tensor]) -> Masks:
         """Return masks that keep everything: of a model's `prunable_weights`, or of tensors by name."""
         weights = prunable_weights(source) if isinstance(source, nn.Module) else source
-        return cls.from_bools({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()})
+        return cls.from_bools({name: torch.ones(whole_shape(w), dtype=torch.bool) for name, w in weights.items()})
 
     @classmethod
     def from_packed(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Masks:
@@ -119,6 +120,15 @@ class Masks:
             raise unknown("masked weight", name, self._shapes)
         shape = self._shapes[name]
         return kernel.unpack_bits(self._packed[name].to(device), prod(shape)).view(shape)
+
+    def on_shard(self, name: str, shard: Shard, device: torch.device | str | None = None) -> Tensor:
+        """Return the mask of a part of one weight, in the part's shape: bool, on its device unless told otherwise."""
+        if name not in self._shapes:
+            raise unknown("masked weight", name, self._shapes)
+        first, skip = divmod(shard.start, 8)
+        count = shard.tensor.numel()
+        packed = self._packed[name][first : first + -(-(skip + count) // 8)].to(device or shard.tensor.device)
+        return kernel.unpack_bits(packed, skip + count)[skip:].reshape(shard.tensor.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
@@ -241,12 +251,16 @@ class Masks:
     def apply_(self, model: nn.Module) -> None:
         """Set the pruned weights of a model to +0.0, in place. Everything else keeps its bits.
 
+        Of a model under FSDP2 or ZeRO-3 every process does so with its own part. The separate fp32 weights that
+        DeepSpeed's optimizer holds are `sparse_robust.enforce`'s to mask.
+
         Raises:
             UsageError: if a weight is missing or has another shape; the model is unchanged then.
         """
         weights = find_parameters(model, self._shapes)
         for name, weight in weights.items():
-            kernel.zero_([weight], [self.on(name, weight.device)])
+            for part in held_parts(weight):
+                kernel.zero_([part.tensor], [self.on_shard(name, part)])
 
     # --- files
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from sparse_robust.errors import UsageError, unknown
-from sparse_robust.masks.wrappers import unwrap
+from sparse_robust.masks.shards import whole_shape
+from sparse_robust.masks.wrappers import reshard, unwrap
 
 if TYPE_CHECKING:
     from sparse_robust.masks.mask_set import Masks
@@ -36,11 +37,11 @@ def prunable_weights(
     Raises:
         UsageError: if nothing is left, a pattern matches no layer, or a weight is reparametrised.
     """
-    model = unwrap(model)
+    model = reshard(unwrap(model))
     weights = _weights(model)
     dropped: set[str] = set()
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        matched = {name for name in weights if _matches(pattern, name)}
+        matched = {name for name in weights if matches_layer(pattern, name)}
         if not matched:
             raise unknown("layer to exclude", pattern, [_layer(name) for name in weights])
         dropped |= matched
@@ -79,12 +80,12 @@ def fit_stem(masks: Masks, model: nn.Module) -> Masks:
     """
     parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
     shapes = masks.shapes()
-    differs = [n for n in stem_weights(model) if n in shapes and tuple(parameters[n].shape) != shapes[n]]
+    differs = [n for n in stem_weights(model) if n in shapes and whole_shape(parameters[n]) != shapes[n]]
     if not differs:
         return masks
     for name in differs:
         warnings.warn(
-            f"the stem {name} has shape {tuple(parameters[name].shape)}, its mask {shapes[name]}: left unmasked",
+            f"the stem {name} has shape {whole_shape(parameters[name])}, its mask {shapes[name]}: left unmasked",
             stacklevel=2,
         )
     return masks.only([name for name in masks.names() if name not in differs])
@@ -126,7 +127,7 @@ def _classifier(model: nn.Module) -> set[int]:
     }
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches_layer(pattern: str, name: str) -> bool:
     layer = _layer(name)
     return (
         pattern in (name, layer)

@@ -11,7 +11,6 @@ says itself how it is read.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -23,12 +22,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sparse_robust.errors import FileError
-from sparse_robust.files import atomic_write, canonical_json
+from sparse_robust.files import atomic_write, canonical_json, parse_json, unpacked_limit
 
 FORMAT = "sparse_robust.masks"
 VERSION = "2"
 READABLE = ("1", "2")
 METADATA = "sparse_robust"
+
+MAX_DIMENSIONS, MAX_SIZE = 16, 1 << 40
+"""Of a shape; beyond them the product alone would take a file's reader hours."""
 
 Layer = tuple[str, tuple[int, ...], int]
 """Name, shape, number of kept weights."""
@@ -55,13 +57,15 @@ def parse(metadata: Mapping[str, str], source: str | Path) -> tuple[list[Layer],
     try:
         layers = [
             (str(name), tuple(int(size) for size in shape), int(kept))
-            for name, shape, kept in json.loads(metadata["layers"])
+            for name, shape, kept in parse_json(metadata["layers"])
         ]
         digest = metadata["digest"]
     except (KeyError, TypeError, ValueError) as error:
         raise FileError(f"{source} is damaged: its list of layers cannot be read ({error!r}).") from error
     if len({name for name, _, _ in layers}) != len(layers) or any(min(shape, default=0) < 0 for _, shape, _ in layers):
         raise FileError(f"{source} is damaged: its list of layers has a name twice or a negative size.")
+    if any(len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_SIZE for _, shape, _ in layers):
+        raise FileError(f"{source} is damaged: its list of layers has a shape that no weight has.")
     return layers, digest
 
 
@@ -88,13 +92,19 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"{path} is not a whole safetensors file ({error}). Copy or make it again.") from error
     try:
-        metadata = json.loads(stored)
+        metadata = parse_json(stored)
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("a value is no text")
     except (AttributeError, ValueError) as error:
         raise FileError(f"{path} is damaged: its metadata cannot be read ({error}).") from error
     if metadata.get("format") == FORMAT and metadata.get("version") == VERSION:
-        for name, shape, _ in parse(metadata, path)[0]:
+        layers, limit = parse(metadata, path)[0], unpacked_limit(Path(path).stat().st_size)
+        if (size := sum(-(-prod(shape) // 8) for _, shape, _ in layers)) > limit:
+            raise FileError(
+                f"{path} would take {size:.3g} bytes unpacked, against {limit:.3g} at most for a file of its size: it "
+                "is damaged or made to fill the memory."
+            )
+        for name, shape, _ in layers:
             if name in tensors:
                 tensors[name] = _inflate(tensors[name], -(-prod(shape) // 8), f"{path} is damaged: the bits of {name}")
     return tensors, metadata

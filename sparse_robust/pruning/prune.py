@@ -1,26 +1,27 @@
-"""One-shot pruning: score every prunable weight, remove exactly so many."""
+"""One-shot pruning: score every prunable weight, keep exactly so many. Score, budget and pattern are chosen freely."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
 from torch import Tensor, nn
+from torch.backends import cudnn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from sparse_robust.attacks import PGD
 from sparse_robust.errors import UsageError, unknown
-from sparse_robust.masks import Masks, cut, prunable_weights
-from sparse_robust.pruning.scores import SCORES, Batches, Score, uniform
-
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, images, labels) -> adversarial images."""
-
-SCOPES = {
-    "global": "All layers are compared together; their densities come out as they may.",
-    "layerwise": "Every layer loses the same share, to within one weight; the total is the same as for global.",
-}
+from sparse_robust.masks import Masks, prunable_weights, shard_of, unwrap
+from sparse_robust.masks.patterns import UNSTRUCTURED, Pattern
+from sparse_robust.masks.wrappers import find_parameters
+from sparse_robust.pruning.budgets import Scope, budget
+from sparse_robust.pruning.scores import Attack, Batches, Evidence, Loss, Score, check_options, uniform
+from sparse_robust.pruning.scores.registry import cross_entropy
+from sparse_robust.seeding import seeded
 
 
 def survivors(n: int, rate: float, k: int) -> int:
@@ -41,10 +42,15 @@ def prune(
     *,
     count: int | None = None,
     score: str = "magnitude",
-    scope: str = "global",
+    scope: Scope = "global",
+    pattern: str = "unstructured",
     keep: Masks | None = None,
-    batches: Batches | None = None,
+    batches: Iterable[tuple[Tensor, ...]] | None = None,
     on: str | Attack = "clean",
+    loss: Loss = cross_entropy,
+    options: Mapping[str, float] | None = None,
+    steps: int | None = None,
+    mode: str = "eval",
     seed: int = 0,
     stem: bool = True,
     head: bool = False,
@@ -52,17 +58,30 @@ def prune(
 ) -> Masks:
     """Return the masks that keep the highest-scored weights of a model; the model is not changed.
 
+    Scores with data are taken on a copy of the model, on the same batches by every process, so that all processes get
+    the same masks. A score sees the network that ``keep`` leaves.
+
     Args:
         model: any module, wrapped or not.
         sparsity: share of the prunable weights to prune, in [0, 1). Of N weights ``survivors(N, sparsity, 1)`` stay.
-        count: how many weights to keep instead, from 1 on. Give one of the two.
+        count: how many weights to keep instead, from 1 on. Give one of the two; none where the pattern or the scope
+            says it (``2:4``, densities, a ticket).
         score: a name in `SCORES`.
-        scope: ``global`` or ``layerwise``, see `SCOPES`. Ties are broken by (layer order, flat index).
+        scope: a name in `SCOPES`; densities by layer, such as ``{"layer1.*": 0.5}``, the others sharing the rest; or
+            masks whose count in each layer is copied. Ties are broken by (layer order, flat index).
+        pattern: which weights go together, see `PATTERNS`: unstructured, 2:4, block:4x4, channel. Whole blocks and
+            channels are kept to the nearest number, everything else exactly.
         keep: prune only among these; the sparsity still counts over all prunable weights.
-        batches: pairs of images and labels on the model's device, for scores that need data.
+        batches: images, labels and optionally sample ids, on the model's device, for scores that need them.
         on: whether such scores see the batches ``clean`` or ``adversarial`` (PGD-10, Linf, 8/255, step 2/255), or an
-            attack of your own, called with model, images and labels.
-        seed: for random scores.
+            attack of your own, called as ``on(network, x, y, ids=ids)``: ``functools.partial(PGD(steps=3), eps=0.1)``.
+        loss: what such scores differentiate: (forward, images, labels) -> a loss for each image.
+        options: of the score, see ``SCORES[score].options``.
+        steps: prune in so many steps, counts falling exponentially, with new scores after each; None takes the score's
+            own number (100 for SynFlow, otherwise 1).
+        mode: ``eval`` (running statistics, no dropout: a sum over images does not depend on how they are batched) or
+            ``train`` (batch statistics, as SNIP and GraSP were published for untrained networks).
+        seed: for random scores, and what is random in the network.
         stem, head, exclude: what is prunable, see `prunable_weights`.
 
     Warns:
@@ -72,84 +91,173 @@ def prune(
         UsageError: if the arguments do not fit together; the message says how.
     """
     weights = prunable_weights(model, stem=stem, head=head, exclude=exclude)
-    if scope not in SCOPES:
-        raise unknown("scope", scope, SCOPES)
-    before = Masks.full(weights) if keep is None else keep
-    kept = _target(before, {name: tuple(weight.shape) for name, weight in weights.items()}, sparsity, count)
-    chosen = _score(score, batches, on)
-    seen = _batches(model, batches, on) if chosen.needs_data and batches is not None else ()
-    scores = chosen.function(model, weights, seen, seed)
-    if scope == "global":
-        masks = cut(scores, before.count() - kept, before, magnitude=chosen.magnitude)
-    else:
-        alive = [kept_now for _, _, kept_now, _ in before.layers()]
-        quota = dict(zip(before.names(), _apportion(alive, kept), strict=True))
-        masks = _cut_layers(scores, quota, before, chosen.magnitude)
+    tiles = Pattern.parse(pattern)
+    chosen = check_options(score, options or {})
+    seen, attack = _batches(chosen, batches, on)
+    if mode not in ("eval", "train"):
+        raise unknown("mode", mode, ("eval", "train"))
+    _check_layers(model, weights, tiles, chosen)
+    everything = Masks.full(weights)
+    before = everything if keep is None else keep
+    if before.shapes() != everything.shapes():
+        differing = sorted(before.shapes().items() ^ everything.shapes().items())
+        raise UsageError(f"keep does not cover the prunable weights of this model; first difference: {differing[0]}.")
+    plan = _plan(model, before, sparsity, count, scope, tiles)
+    number = chosen.steps if steps is None else steps
+    if number < 1:
+        raise UsageError(f"steps must be at least 1, got {number}.")
+    masks = before
+    for step in range(1, number + 1):
+        now = plan.at(step / number, masks)
+        evidence = Evidence(
+            keep=masks, select=partial(now.select, keep=masks, magnitude=True),
+            batches=seen, attack=attack, loss=loss, seed=seed,
+        )  # fmt: skip
+        scores = _scores(chosen, model, weights, evidence, mode, options or {})
+        masks = now.select(scores, keep=masks, magnitude=chosen.magnitude)
     _warn_emptied(masks, before)
     return masks
 
 
 def random_like(masks: Masks, seed: int) -> Masks:
-    """Return random masks with the same number of kept weights in every layer: the baseline with equal densities."""
+    """Return random masks with the same number of kept weights in every layer: the baseline with equal densities.
+
+    With a model at hand it is ``prune(model, score="random", scope=masks)``.
+    """
     scores = {name: uniform(name, shape, seed) for name, shape in masks.shapes().items()}
-    quota = {name: kept for name, _, kept, _ in masks.layers()}
-    return _cut_layers(scores, quota, Masks.full(scores), magnitude=False)
+    quotas = {name: kept for name, _, kept, _ in masks.layers()}
+    return _Plan(masks.count(), quotas, UNSTRUCTURED, Masks.full(scores)).select(
+        scores, keep=Masks.full(scores), magnitude=False
+    )
 
 
-def _target(before: Masks, shapes: dict[str, tuple[int, ...]], sparsity: float | None, count: int | None) -> int:
-    """Return how many weights to keep."""
-    if (sparsity is None) == (count is None):
+@dataclass(frozen=True)
+class _Plan:
+    """How many weights to keep: in total, in each layer (None: as the ranking over all comes out), in which pattern."""
+
+    count: int
+    quotas: Mapping[str, int] | None
+    pattern: Pattern
+    before: Masks
+
+    def at(self, part: float, masks: Masks) -> _Plan:
+        """Return the plan of a step on the way, where this part of the way (0 to 1) lies behind."""
+        if part >= 1:
+            return self
+        room = self.pattern.capacity(masks)
+        count = min(sum(room.values()), _between(self.before.count(), self.count, part))
+        if self.quotas is None:
+            return replace(self, count=count)
+        start = {name: kept for name, _, kept, _ in self.before.layers()}
+        quotas = {n: min(room[n], _between(start[n], kept, part)) for n, kept in self.quotas.items()}
+        return replace(self, count=count, quotas=quotas)
+
+    def select(self, scores: Mapping[str, Tensor], *, keep: Masks, magnitude: bool) -> Masks:
+        """Keep the highest of these scores."""
+        keep = self.pattern.thin(scores, keep, magnitude=magnitude)
+        if self.quotas is None:
+            return self.pattern.select(scores, self.count, keep, magnitude=magnitude)
+        packed: dict[str, Tensor] = {}
+        for name, kept in self.quotas.items():
+            layer = self.pattern.select({name: scores[name]}, kept, keep.only([name]), magnitude=magnitude)
+            packed |= layer.tensors()
+        return Masks.from_packed(packed, keep.shapes())
+
+
+def _plan(
+    model: nn.Module, before: Masks, sparsity: float | None, count: int | None, scope: Scope, pattern: Pattern
+) -> _Plan:
+    capacity = pattern.capacity(before)
+    if sparsity is not None and count is not None:
         raise UsageError("give either sparsity (the share to prune) or count (the number to keep).")
-    if before.shapes() != shapes:
-        differing = sorted(before.shapes().items() ^ shapes.items())
-        raise UsageError(f"keep does not cover the prunable weights of this model; first difference: {differing[0]}.")
     if sparsity is not None:
-        kept = survivors(before.numel(), sparsity, 1)
+        kept: int | None = survivors(before.numel(), sparsity, 1)
         given = f"sparsity {sparsity} of {before.numel()} weights"
     else:
-        kept = count or 0
-        given = f"count {count}"
-    if not 1 <= kept <= before.count():
+        kept, given = count, f"count {count}"
+    if kept is None and pattern.limit is not None and isinstance(scope, str):
+        kept = sum(capacity.values())
+    if kept is not None and not 1 <= kept <= before.count():
         raise UsageError(f"{given} would keep {kept} weights: expected from 1 to {before.count()}, what is there.")
-    return kept
+    if kept is not None and kept > sum(capacity.values()):
+        raise UsageError(
+            f"{given} would keep {kept} weights, and {pattern.name} leaves {sum(capacity.values())} at most. Ask for a "
+            "higher sparsity, or for none, which keeps as many as the pattern allows."
+        )
+    quotas = budget(model, scope, before, kept, capacity)
+    if quotas is not None:
+        kept = sum(quotas.values())
+    if not kept:
+        raise UsageError("this would keep no weight at all: expected from 1.")
+    return _Plan(kept, quotas, pattern, before)
 
 
-def _score(name: str, batches: Batches | None, on: str | Attack) -> Score:
-    if name not in SCORES:
-        raise unknown("score", name, SCORES)
-    chosen = SCORES[name]
+def _between(start: int, end: int, part: float) -> int:
+    """From start to end in equal ratios, rounded."""
+    return max(end, round(start * (end / start) ** part)) if start else 0
+
+
+def _batches(
+    chosen: Score, batches: Iterable[tuple[Tensor, ...]] | None, on: str | Attack
+) -> tuple[Batches, Attack | None]:
+    """Return what the score sees, checked."""
     if isinstance(on, str) and on not in ("clean", "adversarial"):
         raise unknown("kind of batches", on, ("clean", "adversarial"))
-    if chosen.needs_data and batches is None:
-        raise UsageError(f"the score {name!r} looks at data: give batches, pairs of images and labels.")
-    if not chosen.needs_data and on != "clean":
-        raise UsageError(f"the score {name!r} looks at no data, so only on='clean' has a meaning, got {on!r}.")
-    return chosen
+    if chosen.needs == "data" and batches is None:
+        raise UsageError(f"the score {chosen.name!r} looks at data: give batches, pairs of images and labels.")
+    if chosen.needs == "shape" and batches is None:
+        raise UsageError(f"the score {chosen.name!r} takes the shape of its input from a batch: give batches.")
+    if chosen.needs != "data" and on != "clean":
+        raise UsageError(f"the score {chosen.name!r} looks at no data, so only on='clean' has a meaning, got {on!r}.")
+    if chosen.needs == "nothing" or batches is None:
+        return (), None
+    seen = list(batches)
+    if not any(len(batch[0]) for batch in seen):
+        raise UsageError(f"the score {chosen.name!r} looks at data, and batches holds no image.")
+    if on == "adversarial":
+        return seen, partial(PGD(steps=10, step_size="2/255"), eps="8/255")
+    return seen, None if isinstance(on, str) else on
 
 
-def _batches(model: nn.Module, batches: Batches, on: str | Attack) -> Iterator[tuple[Tensor, Tensor]]:
-    attack = partial(PGD(steps=10, step_size="2/255"), eps="8/255") if isinstance(on, str) else on
-    for x, y, *_ in batches:
-        yield (x if on == "clean" else attack(model, x, y)), y
+def _check_layers(model: nn.Module, weights: Mapping[str, Tensor], pattern: Pattern, chosen: Score) -> None:
+    """Refuse weights that a pattern or a score cannot read."""
+    if pattern == UNSTRUCTURED and chosen.needs == "nothing":
+        return
+    for name, weight in weights.items():
+        if shard_of(weight).group is not None:
+            raise UsageError(
+                f"{name} is sharded over processes: scores with data and patterns other than unstructured need whole "
+                "weights. Prune before the model is sharded."
+            )
+        module = unwrap(model).get_submodule(name.rpartition(".")[0])
+        if pattern != UNSTRUCTURED and isinstance(module, _ConvTransposeNd):
+            raise UsageError(
+                f"the pattern {pattern.name} groups the inputs of an output, and {name}, of a transposed convolution, "
+                "has its dimensions in another order. Leave it out: exclude=[...]."
+            )
 
 
-def _cut_layers(scores: Mapping[str, Tensor], quota: Mapping[str, int], keep: Masks, magnitude: bool) -> Masks:
-    """Keep ``quota[name]`` weights of each layer."""
-    packed: dict[str, Tensor] = {}
-    for name, kept in quota.items():
-        layer = keep.only([name])
-        packed |= cut({name: scores[name]}, layer.count() - kept, layer, magnitude=magnitude).tensors()
-    return Masks.from_packed(packed, keep.shapes())
-
-
-def _apportion(alive: Sequence[int], total: int) -> list[int]:
-    """Share ``total`` in proportion to ``alive`` by largest remainders (Hamilton's method); of equals the first."""
-    quotas = [Fraction(n * total, sum(alive)) for n in alive]
-    shares = [int(quota) for quota in quotas]
-    order = sorted(range(len(alive)), key=lambda i: (shares[i] - quotas[i], i))
-    for i in order[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
+def _scores(
+    chosen: Score,
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    evidence: Evidence,
+    mode: str,
+    options: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """Compute the scores: on the model itself, or on a copy that the score may do with as it likes."""
+    if chosen.needs == "nothing":
+        return chosen.function(model, weights, evidence, **options)
+    network = copy.deepcopy(unwrap(model))
+    evidence.keep.apply_(network)
+    network.train(mode == "train").requires_grad_(False)
+    copies: dict[str, nn.Parameter] = find_parameters(network, evidence.keep.shapes())
+    for weight in copies.values():
+        weight.requires_grad_(True)
+    # Some of cuDNN's backward passes add up in an order of their own, which processes would not share.
+    exact = cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False)
+    with seeded("score", evidence.seed), exact:
+        return chosen.function(network, copies, evidence, **options)
 
 
 def _exact(what: str, share: float) -> Fraction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import timm
@@ -240,3 +241,35 @@ def test_wrong_arguments_are_refused_at_once(make_net: Make) -> None:
         theta = arguments.pop("theta", model.state_dict())
         with pytest.raises(UsageError, match=message):
             imp(model, theta, nothing, **{"rounds": 3, **arguments})  # type: ignore[arg-type]
+
+
+def test_rounds_keep_what_a_pattern_allows(make_net: Make) -> None:
+    run = partial(imp, make_net(), state_of(make_net()), noise, rate=0.2, pattern="2:4", scope="erk")
+    tickets = [masks for _, masks in run(rounds=5)]
+    assert [masks.count() for masks in tickets] == [864, 864, 848, 678, 542], "2:4 keeps 864 of 1656"
+    assert [masks.layers()[0][2] for masks in tickets][:4] == [144] * 4, "small layers stay as full as 2:4 lets them"
+    assert [masks for _, masks in run(rounds=5, done=tickets[:3])] == tickets[3:]
+
+
+def test_whole_channels_come_to_the_nearest_count_of_each_round() -> None:
+    model = nn.Conv2d(1, 4, 10)
+    run = partial(imp, model, state_of(model), noise, rate=0.06, pattern="channel")
+    tickets = [masks for _, masks in run(rounds=8)]
+    assert [survivors(400, 0.06, k) for k in (2, 3, 4)] == [353, 332, 312]
+    assert [masks.count() for masks in tickets] == [400, 400, 300, 300, 300, 300, 300, 200], "of 312 the 300 there are"
+    assert [masks for _, masks in run(rounds=8, done=tickets[:4])] == tickets[4:]
+
+
+def test_rounds_may_end_at_named_sparsities(make_net: Make) -> None:
+    model = make_net()
+    tickets = dict(imp(model, state_of(model), nothing, rounds=3, sparsities=(0.5, 0.8, 0.95)))
+    numel = tickets[1].numel()
+    assert [tickets[k].count() for k in (1, 2, 3)] == [survivors(numel, share, 1) for share in (0.5, 0.8, 0.95)]
+    assert tickets[3] <= tickets[2] <= tickets[1]
+
+
+@pytest.mark.parametrize(("sparsities", "message"), [((0.5,), "one share a round"), ((0.8, 0.5), "must ascend")])
+def test_sparsities_that_are_no_plan_are_refused(make_net: Make, sparsities: tuple[float, ...], message: str) -> None:
+    model = make_net()
+    with pytest.raises(UsageError, match=message):
+        imp(model, state_of(model), nothing, rounds=2, sparsities=sparsities)

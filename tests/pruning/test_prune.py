@@ -16,7 +16,7 @@ from torch.nn.utils import prune as torch_prune
 
 from sparse_robust.errors import UsageError
 from sparse_robust.masks import Masks, cut, prunable_weights
-from sparse_robust.pruning import SCORES, prune, random_like, register_score, survivors
+from sparse_robust.pruning import SCORES, Evidence, prune, random_like, register_score, survivors
 
 Make = Callable[..., nn.Module]
 Batches = list[tuple[Tensor, Tensor]]
@@ -190,12 +190,10 @@ def saliency() -> Iterable[list[tuple[Tensor, Tensor]]]:
     """A score that needs data, registered for one test; it yields what it saw."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    @register_score("test-saliency", "The magnitude of gradient times weight.", "none", needs_data=True, magnitude=True)
-    def score(
-        model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]], seed: int
-    ) -> dict[str, Tensor]:
+    @register_score("test-saliency", "The magnitude of gradient times weight.", "none", needs="data", magnitude=True)
+    def score(model: nn.Module, weights: Mapping[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
         total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        for x, y in batches:
+        for x, y in evidence.examples(model):
             seen.append((x, y))
             loss = nn.functional.cross_entropy(model(x), y)
             for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
@@ -211,7 +209,7 @@ def test_a_score_with_data_sees_clean_or_attacked_batches(make_net: Make, batche
     clean = prune(model, 0.5, score="test-saliency", batches=batches)
     assert [torch.equal(x, image) for (x, _), (image, _) in zip(saliency, batches, strict=True)] == [True] * 8
     saliency.clear()
-    attacked = prune(model, 0.5, score="test-saliency", batches=iter(batches), on=lambda model, x, y: 1 - x)
+    attacked = prune(model, 0.5, score="test-saliency", batches=iter(batches), on=lambda model, x, y, ids: 1 - x)
     assert all(torch.equal(x, 1 - image) for (x, _), (image, _) in zip(saliency, batches, strict=True))
     assert clean != attacked and clean.count() == attacked.count()
 
@@ -244,7 +242,7 @@ def test_every_score_has_a_description_and_a_source() -> None:
         ({}, "give either sparsity"),
         ({"sparsity": 0.5, "count": 3}, "give either sparsity"),
         ({"sparsity": 0.5, "score": "magnitud"}, "unknown score 'magnitud'. Did you mean 'magnitude'"),
-        ({"sparsity": 0.5, "scope": "layer"}, "unknown scope 'layer'.*Known: global, layerwise"),
+        ({"sparsity": 0.5, "scope": "layer"}, "unknown scope 'layer'.*Known: erk, global, layerwise, uniform"),
         ({"sparsity": 0.5, "on": "dirty"}, "unknown kind of batches 'dirty'"),
         ({"sparsity": 0.5, "on": "adversarial"}, "looks at no data"),
         ({"sparsity": 0.5, "score": "test-saliency"}, "'test-saliency' looks at data: give batches"),
