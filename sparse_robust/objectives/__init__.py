@@ -1,5 +1,6 @@
-"""What a training step minimises: clean or adversarial cross-entropy, one small class for all regimes."""
+"""What a training step minimises, one regime each: clean, fast, adversarial, TRADES, MART..., in one mechanism."""
 
-from sparse_robust.objectives.regimes import REGIMES, Objective, Regime, build_objective
+from sparse_robust.objectives.objective import Objective
+from sparse_robust.objectives.regimes import REGIMES, Regime, Settings, build_objective
 
-__all__ = ["REGIMES", "Objective", "Regime", "build_objective"]
+__all__ = ["REGIMES", "Objective", "Regime", "Settings", "build_objective"]
