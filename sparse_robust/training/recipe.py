@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sparse_robust.attacks import Budget, parse_eps
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.objectives import REGIMES, Objective, build_objective
+from sparse_robust.training.crafting import CHOICES, attack_mode_of
+from sparse_robust.training.devices import DIST_BN
+from sparse_robust.training.hooks import replays_of
 
 ATTACK_MODES = ("eval", "train", "train_frozen")
 SCHEDULES = ("constant", "multistep", "cosine", "one_cycle", "piecewise_linear")
@@ -20,7 +23,7 @@ class Recipe:
     ``8/255``."""
 
     regime: str = "standard"
-    """How it trains: standard, fast, adversarial."""
+    """How it trains: standard, fast, n-fgsm, adversarial, free, trades, mart."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 128
@@ -58,15 +61,36 @@ class Recipe:
     norm: str = "Linf"
     """Norm of the attacks."""
     steps: int = 10
-    """Steps of the training attack (adversarial)."""
+    """Steps of the training attack (adversarial, trades, mart)."""
     step_size: str | float | None = None
-    """Step of the training attack; None means 2.5 eps / steps (adversarial) or 1.25 eps (fast)."""
+    """Step of the training attack; None means 2.5 eps / steps, and for a single step 1.25 eps (fast) or eps (n-fgsm,
+    free)."""
     attack_mode: str = "train_frozen"
     """Batch normalisation while crafting training examples: eval, train (running statistics move too) or
-    train_frozen."""
+    train_frozen. trades and mart craft in eval mode, as published; free has no crafting of its own."""
+    beta: float | None = None
+    """Weight of the second term of trades and mart; None means the published 6 and 5."""
+    replays: int = 8
+    """free: updates that every batch makes; the run makes so many times fewer passes over the images."""
+    awp: float = 0.0
+    """Adversarial regimes: size of the adversarial weight perturbation, relative to each layer's norm. Published are
+    0.01, and 0.005 for trades."""
+
+    attack_replica: str = "auto"
+    """Whether training attacks act on a frozen replica of the network (folded batch norms in mode eval, channels last,
+    bf16 under bf16 training, one CUDA graph): auto, always or never."""
+    dist_bn: str = "broadcast"
+    """Batch normalisation over several ranks: broadcast (each its own images, running statistics of rank 0), reduce
+    (their average) or sync (all images of the step; GPUs)."""
+    deterministic: bool = False
+    """Only deterministic algorithms; slower on GPUs."""
 
     label_smoothing: float = 0.0
     """Mass spread over the other classes, in [0, 1)."""
+    mixup: float = 0.0
+    """standard: alpha of mixup; 0 is off."""
+    cutmix: float = 0.0
+    """standard: alpha of CutMix; 0 is off. With both, every batch gets one of them."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights; when set, the average is validated and kept."""
 
@@ -79,7 +103,8 @@ class Recipe:
     validation_step_size: str | float | None = None
     """Step of the validation attack; None means 2.5 eps / steps."""
     guard: bool = True
-    """For regime fast: stop at catastrophic overfitting and go back to the epoch before it."""
+    """For single-step regimes (fast, n-fgsm, free): stop at catastrophic overfitting and go back to the epoch before
+    it."""
     guard_drop: float = 0.20
     """Fall of the PGD-5 accuracy on a fixed training batch, from one epoch to the next, that trips the guard."""
 
@@ -87,7 +112,8 @@ class Recipe:
     """Further keyword arguments of the timm optimizer."""
 
     def __post_init__(self) -> None:
-        for name, values in (("regime", REGIMES), ("schedule", SCHEDULES), ("attack_mode", ATTACK_MODES)):
+        known = {"regime": REGIMES, "schedule": SCHEDULES, "attack_mode": ATTACK_MODES}
+        for name, values in {**known, "attack_replica": CHOICES, "dist_bn": DIST_BN}.items():
             if getattr(self, name) not in values:
                 raise unknown(name, str(getattr(self, name)), values)
         for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("steps", 1), ("validate_every", 0)):
@@ -105,15 +131,20 @@ class Recipe:
         object.__setattr__(self, "milestones", tuple(self.milestones))
         object.__setattr__(self, "points", _sorted_points(self.points))
         Budget(self.norm, self.radius)
-        self.objective()
+        mode = attack_mode_of(self.objective())
+        if self.dist_bn == "sync" and mode not in (None, "eval"):
+            raise UsageError(
+                f"recipe.dist_bn sync with attack_mode {mode}: every pass of the attack would wait for all ranks. Use "
+                "attack_mode eval."
+            )
 
     @property
     def radius(self) -> float:
         """The attack radius as a number."""
         return parse_eps(self.eps)
 
-    def objective(self) -> Objective:
-        """Build the objective of this recipe's regime."""
+    def objective(self, num_classes: int = 0) -> Objective:
+        """Build the objective of this recipe's regime; only mixing needs the number of classes."""
         return build_objective(
             self.regime,
             eps=self.radius,
@@ -122,6 +153,31 @@ class Recipe:
             step_size=self.step_size,
             mode=self.attack_mode,
             label_smoothing=self.label_smoothing,
+            beta=self.beta,
+            replays=self.replays,
+            awp=self.awp,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            num_classes=num_classes,
+        )
+
+    def in_passes(self) -> Recipe:
+        """Return the recipe with its epochs counted in passes over the images.
+
+        Where the regime makes m updates of every batch (free), m epochs of the recipe are one pass: so it costs what
+        others cost, and its learning rates follow the same course (Shafahi et al., 2019).
+        """
+        m = replays_of(self.objective())
+        if m == 1:
+            return self
+        return replace(
+            self,
+            epochs=-(-self.epochs // m),
+            milestones=tuple(epoch / m for epoch in self.milestones),
+            points=tuple((epoch / m, lr) for epoch, lr in self.points),
+            warmup_epochs=self.warmup_epochs / m,
+            validate_every=-(-self.validate_every // m),
+            validate_from=self.validate_from // m,
         )
 
 

@@ -4,93 +4,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from sparse_robust.attacks import PGD, parse_eps
-from sparse_robust.data import Batch, Data, eval_loader, train_loader
-from sparse_robust.errors import SparseRobustError, UsageError
-from sparse_robust.evaluation import evaluate
+from sparse_robust.data import Data, eval_loader, train_loader
+from sparse_robust.errors import UsageError
 from sparse_robust.masks import Masks
-from sparse_robust.pruning import enforce
+from sparse_robust.objectives import REGIMES
 from sparse_robust.seeding import derive_seed, seeded
-from sparse_robust.training.checkpoint import Checkpoint
+from sparse_robust.training.agree import Pulse, gathered, require_same
+from sparse_robust.training.checkpoint import Checkpoints
+from sparse_robust.training.crafting import attack_mode_of
+from sparse_robust.training.devices import compiler, describe, deterministic, share_buffers
 from sparse_robust.training.guard import CatastrophicOverfittingGuard
+from sparse_robust.training.hooks import Hook, Stateful
 from sparse_robust.training.log import RunLog
-from sparse_robust.training.progress import SILENT, ProgressReporter, Task
+from sparse_robust.training.options import Preempted, RunOptions, TrainingError, TrainResult
+from sparse_robust.training.progress import Task
 from sparse_robust.training.recipe import Recipe
-from sparse_robust.training.schedule import RecipeScheduler
-from sparse_robust.training.selection import Selection, State
-
-GUARD_STEPS = 5
-CLOCK_STEPS = 16  # several ranks agree on the time this often
-
-
-class TrainingError(SparseRobustError, RuntimeError):
-    """Training cannot go on: the loss is not a number."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves behind.
-
-    Attributes:
-        selection: the kept weights (``best_sa``, ``best_ra``, ``last``) and their validation accuracies.
-        history: one entry an epoch: epoch, train_loss, train_accuracy, lr, val_sa, val_ra, seconds.
-        stopped_by_guard: whether catastrophic overfitting ended it; the weights are those of the epoch before.
-        seconds: wall time over all starts of the run.
-    """
-
-    selection: Selection
-    history: list[dict[str, Any]]
-    stopped_by_guard: bool
-    seconds: float
-
-    def headline(self, adversarial: bool) -> str:
-        """Name the reported weights: best validation RA for adversarial regimes, best validation SA otherwise, else
-        the last."""
-        preferred = "best_ra" if adversarial else "best_sa"
-        return preferred if preferred in self.selection.chosen else "last"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How a run is carried out; none of it changes its result.
-
-    Attributes:
-        folder: where log.jsonl and the checkpoint go; None keeps nothing.
-        checkpoint_seconds: wall time between checkpoints within a run.
-        checkpoint_steps: optimizer steps between checkpoints, in addition; None for time alone.
-        eval_batch_size: images per batch in validation.
-        workers: loader processes of large data sets.
-        progress: where progress is shown.
-        name: what the display and the trackers call this run.
-        project: what the trackers group it under.
-    """
-
-    folder: Path | None = None
-    checkpoint_seconds: float = 60.0
-    checkpoint_steps: int | None = None
-    eval_batch_size: int = 500
-    workers: int = 0
-    progress: ProgressReporter = SILENT
-    name: str = "train"
-    project: str = "sparse-robust"
+from sparse_robust.training.sharding import require_unperturbed
+from sparse_robust.training.signals import listening
+from sparse_robust.training.state import RunState
+from sparse_robust.training.step import Stepper
+from sparse_robust.training.trainee import Trainee
+from sparse_robust.training.validation import guard_accuracy, validate
 
 
 class Trainer:
     """Trains ``model`` in place. Every random choice is a function of (seed, epoch, step, sample id), so a resumed
-    run repeats
-    the uninterrupted one bit for bit on the same hardware.
+    run repeats the uninterrupted one bit for bit on the same hardware.
 
     Args:
         model: the network, normalisation inside.
@@ -100,6 +46,7 @@ class Trainer:
         masks: weights that stay at +0.0; None trains densely.
         accelerator: devices, precision, trackers; a new one by default.
         options: see `RunOptions`.
+        hooks: called around every update, in this order; see `Hook`.
     """
 
     def __init__(
@@ -112,272 +59,213 @@ class Trainer:
         masks: Masks | None = None,
         accelerator: Accelerator | None = None,
         options: RunOptions | None = None,
+        hooks: Sequence[Hook] = (),
     ) -> None:
-        self.recipe, self.data, self.seed, self.masks = recipe, data, seed, masks
+        recipe = recipe.in_passes()
+        self.recipe, self.data, self.seed = recipe, data, seed
         self.accelerator = accelerator or Accelerator(gradient_accumulation_steps=1)  # accumulation is ours
         self.options = options or RunOptions()
-        model.to(self.accelerator.device)
-        if masks is not None:
-            masks.apply_(model)
-        self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
-        optimizer = create_optimizer_v2(
-            model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum, filter_bias_and_bn=not recipe.decay_norms, **recipe.extra,
-        )  # fmt: skip
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.inner: nn.Module = self.accelerator.unwrap_model(self.model)
-        self.enforcement = enforce(optimizer, self.inner, masks) if masks is not None else None
-        self.objective = recipe.objective()
+        self.objective = recipe.objective(data.num_classes)
+        require_unperturbed(self.accelerator, self.objective)
+        self.trainee = Trainee(model, recipe, self.accelerator, masks, attack_mode_of(self.objective))
         shard = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
         common = {"device": self.accelerator.device, "workers": self.options.workers, **shard}
         self.train_batches = train_loader(data, recipe.batch_size, seed=seed, **common)
         self.validation_batches = eval_loader(data.validation, self.options.eval_batch_size, **common)
-        self.updates_per_epoch = -(-len(self.train_batches) // recipe.accumulate)
-        self.scheduler = RecipeScheduler(optimizer, recipe, self.updates_per_epoch)
-        self.selection, self.history = Selection(), list[dict[str, Any]]()
-        self.guard: CatastrophicOverfittingGuard | None = None
-        if recipe.guard and recipe.regime == "fast":
-            self.guard = CatastrophicOverfittingGuard(recipe.guard_drop)
+        self.stepper = Stepper(
+            self.trainee, self.objective, steps=len(self.train_batches), images=len(data.train), hooks=hooks
+        )
+        guard = None
+        if recipe.guard and REGIMES[recipe.regime].single_step:
+            guard = CatastrophicOverfittingGuard(recipe.guard_drop)
             self.guard_batch = eval_loader(data.train, recipe.batch_size, limit=recipe.batch_size, **common)
-        self.before_fall: State = {}
-        self.epoch, self.step, self.seconds, self.stopped_by_guard = 0, 0, 0.0, False
-        self.totals = self._no_totals()
-        self.checkpoint = Checkpoint(self.options.folder / "checkpoint") if self.options.folder else None
+        parts: dict[str, Stateful] = {hook.name: hook for hook in hooks}
+        if len(parts) != len(hooks) or "objective" in parts:
+            raise UsageError(f"hooks need names of their own, none of them 'objective': {[h.name for h in hooks]}.")
+        if isinstance(self.objective, Stateful):
+            parts["objective"] = self.objective
+        self.state = RunState(self.trainee, parts, guard)
+        self.identity = self._identity()
+        self.pulse, self._stop, self._due = Pulse(self.accelerator), False, False
+        self.checkpoints = Checkpoints(self.options.folder / "checkpoint") if self.options.folder else None
         self.log = RunLog(self.options.folder, self.accelerator, self.options.project, self.options.name)
 
     def fit(self) -> TrainResult:
         """Train to the end of the recipe, from the newest checkpoint if there is one.
 
         Raises:
-            TrainingError: if the loss becomes NaN or infinite; the message names epoch and step.
+            TrainingError: if the loss becomes NaN or infinite; the message names epoch, step and ranks. Or if the ranks
+                do not hold the same masks; it names those that differ.
+            Preempted: after SIGTERM or SIGUSR1, once a checkpoint is written at the next step boundary.
         """
+        state = self.state
         self._started = self._last_save = time.monotonic()
         task = self.options.progress.task(self.options.name, self.recipe.epochs * len(self.train_batches))
         try:
-            with seeded("training", self.seed):
+            with (
+                seeded("training", self.seed),
+                deterministic(self.recipe.deterministic),
+                listening(self.checkpoints is not None) as self._told,
+            ):
+                for hook in self.stepper.hooks:
+                    hook.start(self.trainee)
+                self._agree()
                 self._resume()
-                task.advance(self.epoch * len(self.train_batches) + self.step)
-                while self.epoch < self.recipe.epochs and not self.stopped_by_guard:
+                task.advance(self._done())
+                while state.epoch < self.recipe.epochs and not state.stopped_by_guard:
                     self._train_epoch(task)
                     self._end_epoch(task)
-                    self.epoch, self.step, self.totals = self.epoch + 1, 0, self._no_totals()
-                    self._save_if_due()
-            if self.enforcement is not None:
-                self.enforcement.verify()
+                    state.next_epoch()
+                    self._boundary(state.totals[0])
+            if self.trainee.enforcement is not None:
+                self.trainee.enforcement.verify()
         finally:
             task.close()
             self.log.close()
-            self._release()
-        return TrainResult(self.selection, self.history, self.stopped_by_guard, self._elapsed())
-
-    @property
-    def kept(self) -> nn.Module:
-        """The network that is validated and kept: the moving average if there is one."""
-        return self.ema.module if self.ema is not None else self.inner
+            self.trainee.release()
+        how = describe(self.accelerator, self.recipe.dist_bn, self.recipe.deterministic)
+        return TrainResult(
+            state.selection, state.history, state.stopped_by_guard, self._elapsed(),
+            how={**how, "attack": self.trainee.target.describe()}, masks=self.trainee.masks,
+        )  # fmt: skip
 
     def _train_epoch(self, task: Task) -> None:
-        attack_seed = self.objective.epoch_seed(self.seed, self.epoch)
-        self.model.train()
-        for batch in self._batches():
-            torch.manual_seed(derive_seed("step", self.seed, self.epoch, self.step, self.accelerator.process_index))
-            self._train_step(batch, attack_seed)
-            self.step += 1
-            task.advance(info=f"epoch {self.epoch + 1}/{self.recipe.epochs}")
-            self._save_if_due(within_epoch=True)
-
-    def _train_step(self, batch: Batch, attack_seed: int) -> None:
-        accelerator, recipe, steps = self.accelerator, self.recipe, len(self.train_batches)
-        group_start = self.step - self.step % recipe.accumulate
-        group = min(recipe.accumulate, steps - group_start)  # the epoch's last group may be shorter
-        closes = self.step + 1 == group_start + group
-        with nullcontext() if closes else accelerator.no_sync(self.model):
-            with accelerator.autocast():
-                loss, logits = self.objective(self.model, self.inner, batch.x, batch.y, batch.ids, seed=attack_seed)
-            accelerator.backward(loss * self._share(len(batch.y)) / group)
-        if closes:
-            if recipe.clip_grad is not None:
-                if self.enforcement is not None:
-                    self.enforcement.mask_gradients_()
-                accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            updates = self._updates(self.step + 1)
-            self.scheduler.step_update(updates)
-            if self.ema is not None:
-                self.ema.update(self.inner, step=updates)
-        seen = len(batch.y)
-        correct = (logits.detach().argmax(1) == batch.y).sum()
-        self.totals += torch.stack([loss.detach() * seen, correct, torch.full_like(correct, seen)]).to(self.totals)
-
-    def _share(self, images: int) -> float:
-        """Weight of this rank's mean loss, so that the average over ranks is the mean over the whole batch."""
-        world, size = self.accelerator.num_processes, self.recipe.batch_size
-        return images * world / min(size, len(self.data.train) - self.step * size)
-
-    def _updates(self, steps_in_epoch: int) -> int:
-        return self.epoch * self.updates_per_epoch + -(-steps_in_epoch // self.recipe.accumulate)
-
-    def _no_totals(self) -> Tensor:
-        """Sums of loss, correct predictions and images, kept on the device so that no step waits for them."""
-        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        return torch.zeros(3, dtype=dtype, device=self.accelerator.device)
-
-    def _batches(self) -> Iterator[Batch]:
-        return self.train_batches.epoch(self.epoch, start=self.step)
+        state = self.state
+        attack_seed = self.objective.epoch_seed(self.seed, state.epoch)
+        self.trainee.model.train()
+        for batch in self.train_batches.epoch(state.epoch, start=state.step):
+            torch.manual_seed(derive_seed("step", self.seed, state.epoch, state.step, self.accelerator.process_index))
+            sums = self.stepper(batch, epoch=state.epoch, step=state.step, seed=attack_seed)
+            state.totals += sums.to(state.totals)
+            state.step += 1
+            task.advance(info=f"epoch {state.epoch + 1}/{self.recipe.epochs}")
+            self._boundary(sums[0])
 
     def _end_epoch(self, task: Task) -> None:
+        state = self.state
         self._share_buffers()
-        last = self.epoch + 1 == self.recipe.epochs
+        last = state.epoch + 1 == self.recipe.epochs
         tripped = self._check_guard()
         if tripped:
-            self.kept.load_state_dict(self.before_fall)
-            self.stopped_by_guard = last = True
-        totals = self._sum_over_ranks(self.totals.tolist())
-        self._check_finite(totals[0])
+            self.trainee.kept.load_state_dict(state.before_fall)
+            state.stopped_by_guard = last = True
+        everyones = gathered(self.accelerator, state.totals.tolist())
+        self._check_finite(everyones)
+        totals = [sum(column) for column in zip(*everyones, strict=True)]
         entry: dict[str, Any] = {
-            "epoch": self.epoch,
+            "epoch": state.epoch,
             "train_loss": totals[0] / totals[2],
             "train_accuracy": 100 * totals[1] / totals[2],
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.trainee.optimizer.param_groups[0]["lr"],
             "val_sa": None,
             "val_ra": None,
         }
         if self._validates(last):
-            entry["val_sa"], entry["val_ra"] = self._validate(task)
+            sa, ra = validate(self.trainee.kept, self.validation_batches, self.recipe, self.seed)
+            entry["val_sa"], entry["val_ra"] = sa, ra
+            task.advance(0, info=f"val SA {sa:.1f}" + ("" if ra is None else f" RA {ra:.1f}"))
         if tripped:
             entry["guard"] = "catastrophic overfitting: back to the weights of the epoch before"
-        self.selection.offer(
-            self.epoch - tripped, self.kept.state_dict(), val_sa=entry["val_sa"], val_ra=entry["val_ra"], last=last
-        )
+        state.selection.offer(
+            state.epoch - tripped, self.trainee.kept.state_dict(), val_sa=entry["val_sa"], val_ra=entry["val_ra"],
+            last=last,
+        )  # fmt: skip
         entry["seconds"] = round(self._elapsed(), 2)
-        self.history.append(entry)
+        state.history.append(entry)
         self.log.epoch(entry)
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{self.options.name}: the training loss is not finite in epoch {self.epoch + 1}. Lower recipe.lr, "
-                "or set recipe.clip_grad; nothing after the last checkpoint was kept."
-            )
-
     def _share_buffers(self) -> None:
-        """Give all ranks the running statistics of rank 0: those are what is validated and kept."""
+        """Give all ranks the same running statistics: those are what is validated and kept."""
         if self.accelerator.num_processes > 1:
-            for module in [self.inner, *([self.ema.module] if self.ema is not None else [])]:
-                for buffer in module.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            share_buffers(list(self.trainee.modules().values()), self.recipe.dist_bn)
 
     def _validates(self, last: bool) -> bool:
         if self.recipe.validate_every == 0 or len(self.data.validation) == 0:
             return False
-        due = self.epoch >= self.recipe.validate_from
-        return last or (due and (self.epoch - self.recipe.validate_from) % self.recipe.validate_every == 0)
-
-    def _validate(self, task: Task) -> tuple[float, float | None]:
-        recipe, attacks = self.recipe, list[PGD]()
-        if recipe.validation_steps and recipe.regime != "standard":
-            attacks.append(
-                PGD(norm=recipe.norm, steps=recipe.validation_steps, step_size=recipe.validation_step_size,
-                    seed=derive_seed("validation-attack", self.seed))
-            )  # fmt: skip
-        result = evaluate(self.kept, self.validation_batches, attacks, recipe.radius, check=False, replica=False)
-        ra = result.ra if attacks else None
-        task.advance(0, info=f"val SA {result.sa:.1f}" + ("" if ra is None else f" RA {ra:.1f}"))
-        return result.sa, ra
+        after = self.state.epoch - self.recipe.validate_from
+        return last or (after >= 0 and after % self.recipe.validate_every == 0)
 
     def _check_guard(self) -> bool:
-        if self.guard is None:
+        guard = self.state.guard
+        if guard is None:
             return False
-        attack = PGD(norm=self.recipe.norm, steps=GUARD_STEPS, step_size=parse_eps(self.recipe.eps) / 4, seed=self.seed)
-        result = evaluate(self.inner, self.guard_batch, [attack], self.recipe.radius, check=False, replica=False)
-        if self.guard.trips(result.robust):
+        if guard.trips(guard_accuracy(self.trainee.inner, self.guard_batch, self.recipe, self.seed)):
             return True
-        self.before_fall = {name: tensor.detach().cpu().clone() for name, tensor in self.kept.state_dict().items()}
+        self.state.before_fall = self.trainee.kept_state()
         return False
 
-    def _sum_over_ranks(self, values: list[float]) -> list[float]:
-        if self.accelerator.num_processes == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return [float(value) for value in self.accelerator.reduce(tensor, "sum")]
-
     def _elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self._started
+        return self.state.seconds + time.monotonic() - self._started
 
-    def _save_if_due(self, within_epoch: bool = False) -> None:
-        if self.checkpoint is None or self.epoch >= self.recipe.epochs:
+    def _done(self) -> int:
+        """Return how many batches of the run are done."""
+        return self.state.epoch * len(self.train_batches) + self.state.step
+
+    def _agree(self) -> None:
+        """Check that all ranks are about to do the same."""
+        masks = self.trainee.masks
+        require_same(self.accelerator, "masks", masks.digest() if masks is not None else "")
+        require_same(self.accelerator, "run (recipe, seed, data and precision)", self.identity)
+
+    def _boundary(self, loss: Tensor) -> None:
+        """Between two steps, with all ranks alike: go on, write a checkpoint, stop, or fail."""
+        state, every = self.state, self.options.checkpoint_steps
+        if state.epoch >= self.recipe.epochs or state.stopped_by_guard:
             return
-        if within_epoch and self.step % self.recipe.accumulate:
+        late = time.monotonic() - self._last_save >= self.options.checkpoint_seconds
+        beat = self.pulse.beat(loss, (state.epoch, state.step), stop=self._told() is not None, save=late)
+        if beat.broken:
+            self._fail(beat.broken, *beat.where)
+        self._stop |= beat.stop
+        self._due |= beat.save or (every is not None and self._done() % every == 0)
+        open_group = state.step % self.recipe.accumulate and state.step < len(self.train_batches)
+        if self.checkpoints is None or open_group or not (self._stop or self._due):
             return  # gradients of an open group are not part of a checkpoint
-        every = self.options.checkpoint_steps
-        due = every is not None and (self.epoch * len(self.train_batches) + self.step) % every == 0
-        if not due and (self.accelerator.num_processes == 1 or self.step % CLOCK_STEPS == 0):
-            late = time.monotonic() - self._last_save >= self.options.checkpoint_seconds
-            due = self._sum_over_ranks([float(late and self.accelerator.is_main_process)])[0] > 0
-        if due:
-            self._save()
+        self._save(self.checkpoints)
+        if self._stop:
+            raise Preempted(
+                f"{self.options.name}: {self._told() or 'another rank'} asked this run to stop in epoch "
+                f"{state.epoch + 1}, after step {state.step}. It is saved: run the same command again to go on."
+            )
 
-    def _save(self) -> None:
-        assert self.checkpoint is not None
-        self._check_finite(float(self.totals[0]))
-        progress = {
-            "identity": self._identity(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "totals": self.totals.tolist(),
-            "history": self.history,
-            "seconds": self._elapsed(),
-            "stopped_by_guard": self.stopped_by_guard,
-            "guard_previous": self.guard.previous if self.guard else None,
-            "chosen": self.selection.to_json(),
-        }
-        tensors = {
-            f"kept/{at}/{name}": tensor for at, state in self.selection.states.items() for name, tensor in state.items()
-        }
-        tensors.update({f"before_fall/{name}": tensor for name, tensor in self.before_fall.items()})
-        if self.ema is not None:
-            tensors.update({f"ema/{name}": tensor.cpu() for name, tensor in self.ema.module.state_dict().items()})
-        self.checkpoint.save(self.accelerator, progress, tensors)
-        self._last_save = time.monotonic()
+    def _check_finite(self, totals: Sequence[Sequence[float]]) -> None:
+        """Check the totals of all ranks, on every rank."""
+        broken = [rank for rank, (loss, *_) in enumerate(totals) if not math.isfinite(loss)]
+        if broken:
+            self._fail(broken, self.state.epoch, self.state.step)
+
+    def _fail(self, broken: Sequence[int], epoch: int, step: int) -> NoReturn:
+        ranks = self.accelerator.num_processes
+        where = f" on rank {', '.join(map(str, broken))} of {ranks}" if ranks > 1 else ""
+        raise TrainingError(
+            f"{self.options.name}: the training loss is not finite in epoch {epoch + 1}, step {step}{where}. Lower "
+            "recipe.lr, or set recipe.clip_grad; nothing after the last checkpoint was kept."
+        )
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        progress, tensors, own = self.state.pack()
+        self._check_finite(progress["totals"])
+        progress |= {"identity": self.identity, "seconds": self._elapsed()}
+        checkpoints.save(self.accelerator, self._done(), progress, tensors, own)
+        self._last_save, self._due = time.monotonic(), False
 
     def _resume(self) -> None:
-        loaded = self.checkpoint.load(self.accelerator) if self.checkpoint is not None else None
+        loaded = self.checkpoints.load(self.accelerator) if self.checkpoints is not None else None
         if loaded is None:
             return
-        progress, tensors = loaded
-        if progress["identity"] != self._identity():
+        if loaded.progress["identity"] != self.identity:
             raise UsageError(
-                f"the checkpoint in {self.options.folder} belongs to another run (recipe, seed, data or masks differ). "
-                "Choose another folder, or delete that one."
+                f"the checkpoint in {self.options.folder} belongs to another run (recipe, seed, data, masks or "
+                "precision differ). Choose another folder, or delete that one."
             )
-        self.epoch, self.step = progress["epoch"], progress["step"]
-        self.totals += self.totals.new_tensor(progress["totals"])
-        self.history, self.seconds = progress["history"], progress["seconds"]
-        self.stopped_by_guard = progress["stopped_by_guard"]
-        if self.guard is not None:
-            self.guard.previous = progress["guard_previous"]
-        groups: dict[str, State] = {}
-        for key, tensor in tensors.items():
-            head, _, name = key.partition("/")
-            if head == "kept":
-                at, _, name = name.partition("/")
-                head = at
-            groups.setdefault(head, {})[name] = tensor
-        self.before_fall = groups.pop("before_fall", {})
-        ema = groups.pop("ema", None)
-        if self.ema is not None and ema is not None:
-            self.ema.module.load_state_dict(ema)
-        self.selection.restore(progress["chosen"], {int(at): state for at, state in groups.items()})
-        self.scheduler.step_update(self._updates(self.step))
-        self.log.rewrite(self.history)
+        self.state.unpack(*loaded)
+        self.trainee.follow()
+        self.stepper.scheduler.step_update(self.stepper.updates(self.state.epoch, self.state.step))
+        self.log.rewrite(self.state.history)
 
     def _identity(self) -> str:
         """Return a digest of what this run is, which a checkpoint must agree with."""
-        masks = self.masks.digest() if self.masks is not None else ""
-        return str(derive_seed(self.recipe, self.seed, self.data.digest, masks))
-
-    def _release(self) -> None:
-        if self.enforcement is not None:
-            self.enforcement.remove()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
+        masks = self.trainee.masks.digest() if self.trainee.masks is not None else ""
+        names = [hook.name for hook in self.stepper.hooks]
+        how = self.accelerator.mixed_precision, compiler(self.accelerator)
+        return str(derive_seed(self.recipe, self.seed, self.data.digest, masks, how, *names))

@@ -16,7 +16,7 @@ def digits() -> Data:
     return load_data(DataSpec(name="digits", resize=28, fraction=0.1, validation=60))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(digits: Data) -> Callable[..., nn.Module]:
     def make(seed: int = 0) -> nn.Module:
         return create_model(

@@ -132,8 +132,8 @@ def test_guard_restores_the_epoch_before_the_fall(
     monkeypatch.setattr(CatastrophicOverfittingGuard, "trips", lambda self, accuracy: False)
     one_epoch = Trainer(tiny(), digits, Recipe(**{**FAST, "regime": "fast", "epochs": 4}), seed=0)
     states = []
-    original = one_epoch.selection.offer
-    one_epoch.selection.offer = lambda epoch, state, **kw: (
+    original = one_epoch.state.selection.offer
+    one_epoch.state.selection.offer = lambda epoch, state, **kw: (
         states.append({k: v.clone() for k, v in state.items()}),
         original(epoch, state, **kw),
     )[1]  # type: ignore[method-assign]
