@@ -9,9 +9,14 @@ from collections.abc import Iterable
 class SparseRobustError(Exception):
     """Base of every error this package raises on purpose."""
 
+    exit_status = 1
+    """What the command line exits with."""
+
 
 class UsageError(SparseRobustError, ValueError):
     """The caller asked for something that cannot be done; nothing has been changed."""
+
+    exit_status = 2
 
 
 class FileError(SparseRobustError, OSError):

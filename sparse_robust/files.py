@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -23,13 +25,40 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text that may come from anywhere.
+
+    Raises:
+        ValueError: if it is not JSON, nests too deep, or holds NaN or an infinity (1e999 is one), which are no JSON.
+    """
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"it holds {number}, which is no JSON value")
+        return value
+
+    try:
+        return json.loads(text, parse_constant=finite, parse_float=finite)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def unpacked_limit(size: int) -> int:
+    """Return how many bytes a compressed file of ``size`` bytes may unpack to: 256 MiB, or 64 times its own size.
+
+    Masks above 256 MiB (two billion weights) are far from 64 times as large as their file, unless nothing is pruned.
+    """
+    return max(1 << 28, 64 * size)
+
+
 def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to disk and rename it into place.
 
-    A reader sees the old file or the new one, never a part of either.
+    A reader sees the old file or the new one, never a part of either; so it is when several processes write at once.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -62,10 +91,12 @@ def read_json(path: str | Path) -> Any:
         FileError: if the file is missing or is not JSON; the message names the file and the place.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileError(f"{path} does not exist.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:  # no JSON, or no UTF-8
         raise FileError(
             f"{path} is not readable JSON ({error}). It was probably edited or damaged: delete it to have it made "
             f"again."
@@ -84,6 +115,9 @@ def commit_folder(temporary: str | Path, path: str | Path) -> None:
             if file.is_file():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
+            else:
+                _sync_folder(file)
+        _sync_folder(temporary)
         shutil.rmtree(retired, ignore_errors=True)
         if path.exists():
             path.rename(retired)

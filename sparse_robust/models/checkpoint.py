@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
+import re
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_robust.errors import FileError, SparseRobustError, UsageError
-from sparse_robust.files import atomic_write, canonical_json, sha256_state
+from sparse_robust.files import atomic_write, canonical_json, parse_json, sha256_state, unpacked_limit
 from sparse_robust.masks import unwrap
 from sparse_robust.models.build import build_model
 from sparse_robust.models.normalization import get_normalization, set_normalization
@@ -85,6 +88,7 @@ def load_model(path: str | Path) -> nn.Module:
     described, state = read_model_file(path), _read_safetensors(Path(path))
     if sha256_state(state) != described.sha256:
         raise FileError(f"{path} is damaged: its weights differ from the digest in it. Make or copy it again.")
+    _check_size(described.spec, state, path)
     try:
         model = build_model(described.spec)
     except SparseRobustError as error:
@@ -97,8 +101,25 @@ def load_model(path: str | Path) -> nn.Module:
     model.load_state_dict(state)
     attach_spec(model, described.spec)
     if described.mean is not None and described.std is not None:
-        set_normalization(model, described.mean, described.std)
+        try:
+            set_normalization(model, described.mean, described.std)
+        except UsageError as error:
+            raise FileError(f"{path} is damaged: {error}") from error
     return model
+
+
+def _check_size(spec: ModelSpec, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Refuse a description of a far larger network than the weights are of, before memory is taken for it."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(spec.name, num_classes=spec.num_classes, in_chans=spec.in_chans, **spec.kwargs)
+    except Exception:  # no such network, or one that has to be built to know its shapes: building it says which
+        return
+    described, stored = (sum(value.numel() for value in each.values()) for each in (model.state_dict(), state))
+    if described > 2 * stored + (1 << 20):
+        raise FileError(f"{path} is damaged: it describes a network of {described:,} numbers and holds {stored:,}.")
 
 
 def read_model_file(path: str | Path) -> ModelFile:
@@ -123,11 +144,11 @@ def read_model_file(path: str | Path) -> ModelFile:
             f"{path} has version {metadata.get('version')}, this package reads {_VERSION}: update the package."
         )
     try:
-        spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
+        spec = ModelSpec.from_dict(parse_json(metadata["spec"]))
         mean, std = (
-            None if (v := json.loads(metadata[key])) is None else tuple(map(float, v)) for key in ("mean", "std")
+            None if (v := parse_json(metadata[key])) is None else tuple(map(float, v)) for key in ("mean", "std")
         )
-        return ModelFile(spec, mean, std, metadata["sha256"], dict(json.loads(metadata["extra"])))
+        return ModelFile(spec, mean, std, metadata["sha256"], dict(parse_json(metadata["extra"])))
     except (SparseRobustError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{path} has a damaged description ({type(error).__name__}: {error}).") from error
 
@@ -167,6 +188,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_torch(path: Path, trust_pickle: bool) -> Any:
+    _check_kind(path)
     try:
         # Namespace holds the plain options that training programs save. An open file, because torch goes by its name.
         with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
@@ -176,7 +198,7 @@ def _read_torch(path: Path, trust_pickle: bool) -> Any:
             f"{path} needs the module {error.name!r} to be read: install it, or convert the file."
         ) from error
     except pickle.UnpicklingError as error:
-        if trust_pickle or not _may_be_pickle(path):
+        if trust_pickle:
             raise FileError(f"{path} is damaged or no weights file ({_first_line(error)}).") from error
         raise FileError(
             f"{path} cannot be read without running the code in it, which is refused ({_first_line(error)}). "
@@ -187,16 +209,42 @@ def _read_torch(path: Path, trust_pickle: bool) -> Any:
         raise FileError(f"{path} is damaged or no weights file ({_first_line(error)}).") from error
 
 
-def _may_be_pickle(path: Path) -> bool:
-    """Tell whether the file starts as torch's archives or as a binary pickle do."""
+def _check_kind(path: Path) -> None:
+    """Refuse what torch must not even begin to read: other kinds of files, tar archives, and archives that would fill
+    the memory.
+
+    torch would unpack a tar archive, its layout of 2016, into a folder, links and all. It stores tensors uncompressed.
+    """
     with open(path, "rb") as file:
-        return file.read(1) in (b"\x80", b"P")
+        start = file.read(4)
+    if start[:1] != b"\x80" and start != b"PK\x03\x04":
+        raise FileError(f"{path} is damaged or no weights file: it is neither safetensors nor written by torch.save.")
+    try:
+        if tarfile.is_tarfile(path):
+            raise FileError(f"{path} is a tar archive, which torch wrote before 2017: convert it with that torch.")
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        if isinstance(error, FileError):
+            raise
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # of another kind, or damaged: torch says which
+    if unpacked > unpacked_limit(path.stat().st_size):
+        raise FileError(
+            f"{path} would take {unpacked:.3g} bytes unpacked, and is {path.stat().st_size:.3g} itself: torch does not "
+            "compress its files so. It is damaged or made to fill the memory."
+        )
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if "WeightsUnpickler error" in line]
-    return (reasons or lines or [type(error).__name__])[0].strip().rstrip(".")
+    """Return what torch's explanation boils down to: the global that it refuses, or its first line."""
+    text = str(error)
+    if wanted := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it asks for {wanted[1].rstrip('.')}"
+    lines = [line.strip() for line in text.partition("WeightsUnpickler error:")[2].splitlines() if line.strip()]
+    lines += [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0].rstrip(".")
 
 
 def _require(path: Path) -> None:

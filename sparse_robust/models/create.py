@@ -47,7 +47,8 @@ def create_model(
         stem: ``small`` removes the early reduction by four of a ResNet (see `use_small_stem`).
         pretrained: load the weights that timm publishes, or those of the folder or Hub repository; strict.
         checkpoint: a weights file for this architecture (see `load_state` and `import_weights`); strict.
-        mean, std: one number a channel, in units of the images; by default what timm records for the network.
+        mean, std: one number a channel, in units of the images; by default those of the checkpoint's own normaliser,
+            else what timm records for the network.
         seed: any integer; keys every initial value that no file provides. The caller's random state is untouched.
         trust_pickle: allow ``checkpoint`` to run code while it is read.
         allow_head_mismatch: keep a new head where the head in ``checkpoint`` has another shape.
@@ -71,6 +72,7 @@ def create_model(
             state,
             allow_head_mismatch=allow_head_mismatch,
             allow_stem_mismatch=stem == "small",
+            keep_normalization=mean is not None or std is not None,
             source=str(checkpoint),
         )
         _log.info("%s: %s", checkpoint, report)

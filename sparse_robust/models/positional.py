@@ -10,7 +10,8 @@ from torch import nn
 
 from sparse_robust.errors import UsageError
 from sparse_robust.masks import unwrap
-from sparse_robust.models.importing import ImportReport, import_weights
+from sparse_robust.models.importing import import_weights
+from sparse_robust.models.report import ImportReport
 
 
 def import_by_position(

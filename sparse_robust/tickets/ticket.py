@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import nn
 
 from sparse_robust._version import __version__
 from sparse_robust.errors import FileError, UsageError
-from sparse_robust.files import canonical_json, sha256_state
-from sparse_robust.masks import Masks, fit_stem, storage
+from sparse_robust.files import canonical_json, parse_json, sha256_state
+from sparse_robust.masks import Masks, fit_stem, storage, unwrap
+from sparse_robust.masks.wrappers import find_parameters
+from sparse_robust.models.spec import find_spec
 
 FORMAT_VERSION = 1
 TICKET = "ticket"
@@ -47,8 +48,49 @@ class Ticket:
     version: str = __version__
     """Of the package that made it."""
 
+    @classmethod
+    def of(cls, model: nn.Module, masks: Masks, provenance: Mapping[str, Any] | None = None) -> Ticket:
+        """Return the ticket that ``masks`` draw from the weights that ``model`` has now.
+
+        Raises:
+            UsageError: if the masks belong to another architecture.
+        """
+        find_parameters(model, masks.shapes())
+        spec = find_spec(model)
+        return cls(
+            masks=masks, base_sha256=sha256_state(unwrap(model).state_dict()),
+            architecture=spec.to_dict() if spec else {}, provenance=dict(provenance or {}),
+        )  # fmt: skip
+
+    def with_evaluation(self, record: Mapping[str, Any]) -> Ticket:
+        """Return the ticket with one more record of what it reached, such as `sparse-robust evaluate` writes.
+
+        A record that is there already is not added again.
+
+        Args:
+            record: JSON values. Its ``ticket``, where it has one, must be the digest of these masks.
+
+        Raises:
+            UsageError: if the record is of another ticket or not made of JSON values.
+        """
+        of = record.get("ticket") if isinstance(record, Mapping) else None
+        if of and of != self.masks.digest():
+            raise UsageError(
+                f"this evaluation is of the masks {str(of)[:16]}..., and the ticket holds {self.masks.digest()[:16]}..."
+            )
+        try:
+            added = parse_json(canonical_json(dict(record)))
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"an evaluation is a mapping of JSON values ({error}).") from error
+        return self if added in self.evaluations else replace(self, evaluations=(*self.evaluations, added))
+
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically: an eighth of a byte a weight at most, half of it at 90 % sparsity."""
+        """Write one safetensors file, atomically: an eighth of a byte a weight at most, half of it at 90 % sparsity.
+
+        Raises:
+            UsageError: if architecture, provenance or evaluations are not made of JSON values.
+            FileError: if the file cannot be written; what was there is unchanged.
+        """
         about = {
             "format_version": FORMAT_VERSION,
             "base_sha256": self.base_sha256,
@@ -57,7 +99,11 @@ class Ticket:
             "evaluations": [dict(e) for e in self.evaluations],
             "version": self.version,
         }
-        storage.write(path, self.masks.tensors(), {**self.masks.metadata(), TICKET: canonical_json(about)})
+        try:
+            described = canonical_json(about)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"a ticket describes itself in JSON values ({error}).") from error
+        storage.write(path, self.masks.tensors(), {**self.masks.metadata(), TICKET: described})
 
     @classmethod
     def load(cls, path: str | Path) -> Ticket:
@@ -74,11 +120,11 @@ class Ticket:
                 f"Masks.load."
             )
         try:
-            about = json.loads(metadata[TICKET])
+            about = parse_json(metadata[TICKET])
             version = int(about["format_version"])
             ticket = cls(
                 masks=masks, base_sha256=str(about["base_sha256"]), architecture=dict(about["architecture"]),
-                provenance=dict(about["provenance"]), evaluations=tuple(about["evaluations"]),
+                provenance=dict(about["provenance"]), evaluations=tuple(dict(e) for e in about["evaluations"]),
                 version=str(about["version"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
@@ -98,7 +144,7 @@ class Ticket:
         Raises:
             UsageError: if a weight is missing or has another shape (another architecture); the model is unchanged then.
         """
-        same = sha256_state(model.state_dict()) == self.base_sha256
+        same = sha256_state(unwrap(model).state_dict()) == self.base_sha256
         fit_stem(self.masks, model).apply_(model)
         if not same:
             warnings.warn(
@@ -114,14 +160,15 @@ class Ticket:
         Raises:
             UsageError: if names or shapes differ, or the weights are others.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        state = unwrap(model).state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for name, shape in self.masks.shapes().items():
             if shapes.get(name) != shape:
                 found = shapes.get(name, "no such weight")
                 raise UsageError(
                     f"the ticket is for another architecture: {name} is {shape} there and {found} in the model."
                 )
-        self.require_base(sha256_state(model.state_dict()))
+        self.require_base(sha256_state(state))
 
     def require_base(self, sha256: str) -> None:
         """Refuse weights that the ticket was not drawn from.

@@ -186,7 +186,7 @@ def test_pruned_transferred_and_evaluated(model: nn.Module, tmp_path: Path) -> N
     verdict."""
     save_model(model, tmp_path / "theta.safetensors")
     data = [
-        "data.name=digits", "data.resize=64", "data.channels=3", "data.statistics=imagenet", "data.fraction=0.15",
+        "data.name=digits", "data.resize=64", "data.channels=3", "data.statistics=imagenet", "data.fraction=0.35",
     ]  # fmt: skip
     weights = f"weights={tmp_path / 'theta.safetensors'}"
     found = [
@@ -202,7 +202,7 @@ def test_pruned_transferred_and_evaluated(model: nn.Module, tmp_path: Path) -> N
     assert main(found) == 0
     ticket = tmp_path / "found" / "tickets" / "k02.safetensors"
     moved = ["transfer", "--quiet", "--out", str(tmp_path / "moved"), weights, f"ticket={ticket}", *data]
-    moved += ["recipe.regime=fast", "recipe.eps=0.02", "recipe.epochs=4", "recipe.batch_size=32", "recipe.lr=0.05"]
+    moved += ["recipe.regime=fast", "recipe.eps=0.02", "recipe.epochs=4", "recipe.batch_size=32", "recipe.lr=0.03"]
     moved += ["recipe.validation_steps=2", "evaluation.eps=0.02", "evaluation.steps=5", "evaluation.images=100"]
     assert main(moved) == 0
     row = read_json(tmp_path / "moved" / "result.json")

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparse_robust.errors import UsageError
-from sparse_robust.models import ImportReport, create_model, head_names, import_by_position, import_weights, load_state
+from sparse_robust.models import (
+    ImportReport,
+    create_model,
+    get_normalization,
+    head_names,
+    import_by_position,
+    import_weights,
+    load_state,
+)
 
 State = dict[str, Any]
 NARROW = {"channels": (4, 4, 8, 8)}  # all 53 convolutions of a ResNet-50, few weights
@@ -51,9 +59,10 @@ def test_the_robustness_layout_fills_every_convolution(container: str, tmp_path:
     assert {f"{name}.weight" for name in convolutions} <= set(report.matched)
     assert set(report.matched) == set(source)
     assert equal(model, source)
-    assert len(report.ignored) == len(source) + 4
-    assert all("attacker" in name or "normalizer" in name for name in report.ignored)
-    assert (report.missing, report.mismatched) == ((), ())
+    assert len(report.ignored) == len(source)
+    assert all("attacker.model" in name for name in report.ignored)
+    assert report.normalization == get_normalization(model) == ((0.0,) * 3, (1.0,) * 3)
+    assert (report.missing, report.mismatched, report.masks) == ((), (), None)
 
 
 WRAPPED: dict[str, Callable[[State], State]] = {
@@ -110,7 +119,7 @@ def test_a_file_of_another_architecture_names_the_first_keys() -> None:
     assert message.startswith("weights.pth does not fit test_resnet: 1 of its 92 tensors match")
     assert "missing" in message and "conv1.0.weight" in message
     assert "unknown to the model" in message and "conv_stem.weight" in message
-    assert "Build the architecture that the file was made for" in message
+    assert 'The file fits create_model("test_efficientnet", num_classes=6)' in message
     deeper = refusal(network("resnet18"), network("resnet34").state_dict())
     assert "layer1.2.conv1.weight" in deeper and "0 of its" not in deeper
 
