@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparse_robust import cli_study, cli_ticket
 from sparse_robust._env import launched_processes
 from sparse_robust._version import __version__
 from sparse_robust.errors import SparseRobustError, UsageError
@@ -27,7 +29,8 @@ OVERRIDES = "key=value pairs that change the configuration, such as recipe.epoch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run a command; return the exit status: 0 done, 1 failed, 2 wrong usage, 85 told to stop and saved (start it
+    again), 130 interrupted."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result
     except SparseRobustError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, UsageError) else 1
+        return error.exit_status
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted. What is finished is kept: run the same command again to go on.\n")
         return 130
@@ -65,8 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     run = _verb(actions, "run", study_run, "run what is not done yet, then write the report")
     _configuration(run, required=True)
     _running(run)
-    run.add_argument("--no-report", action="store_true", help="do not write the report at the end")
-    _criterion(run)
+    run.add_argument("--processes", type=int, default=1, help="so many workers on this machine (default: 1)")
+    _joining(run)
+    submit = _verb(actions, "submit", study_submit, "start workers as jobs of a cluster, which share one folder")
+    _configuration(submit, required=True)
+    _running(submit)
+    _joining(submit)
+    cli_study.add_resources(submit)
     for name, function, text in (
         ("status", study_status, "what is done and what is to come"),
         ("report", study_report, "write report/index.html from the results there are"),
@@ -93,19 +101,20 @@ def build_parser() -> argparse.ArgumentParser:
         )
         if name == "evaluate":
             _measuring(verb)
+        if name == "find":
+            _scoring(verb)
 
-    ticket = verbs.add_parser("ticket", help="show or verify a ticket file")
-    kinds = ticket.add_subparsers(title="actions", metavar="ACTION", required=True)
-    show = _verb(kinds, "show", ticket_show, "what a ticket holds, layer by layer")
-    show.add_argument("ticket", type=Path)
-    verify = _verb(kinds, "verify", ticket_verify, "check a ticket file, and that it belongs to given weights")
-    verify.add_argument("ticket", type=Path)
-    verify.add_argument("--weights", type=Path, help="the weights file it should have been drawn from")
+    ticket = verbs.add_parser("ticket", help=cli_ticket.SUMMARY)
+    cli_ticket.add_actions(ticket.add_subparsers(title="actions", metavar="ACTION", required=True), _verb)
 
     bench = _verb(verbs, "bench", run_bench, "time kernels, attacks and training steps after a correctness gate")
     bench.add_argument("operations", nargs="*", help="names of operations (default: all)")
     bench.add_argument("--list", action="store_true", help="list the operations")
     bench.add_argument("--csv", type=Path, help="append the records to this file")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    bench.add_argument("--claims", action="store_true", help="time what the claims rest on, and say which of them hold")
+    bench.add_argument("--base", metavar="REF", help="compare with this git revision, in turn (needs a checkout)")
+    bench.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the records of --csv, and time nothing")
 
     _verb(verbs, "doctor", doctor, "what is installed, what works here, what to do about what does not")
     return parser
@@ -119,7 +128,9 @@ def _verb(parent: Any, name: str, function: Callable[[argparse.Namespace], int],
 
 def _configuration(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
-        "--config", required=required, help="a preset (quickstart, small, reference, recommended) or a YAML file"
+        "--config",
+        required=required,
+        help="a YAML file or a preset: quickstart, small, criteria, reference, recommended",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
@@ -133,8 +144,40 @@ def _running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed-precision", choices=("no", "bf16", "fp16"), help="precision of training (default: Accelerate's)"
     )
+    parser.add_argument(
+        "--compile", choices=("inductor", "aot_eager", "eager"), help="backend that torch.compile trains the network by"
+    )
     parser.add_argument("--trust-pickle", action="store_true", help="let checkpoint files run the code they contain")
     parser.add_argument("--quiet", action="store_true", help="no progress display")
+
+
+def _joining(parser: argparse.ArgumentParser) -> None:
+    """Add what every worker of a study is told."""
+    parser.add_argument("--no-report", action="store_true", help="do not write the report at the end")
+    parser.add_argument(
+        "--idle-minutes", type=float, help="leave when there was nothing to do for so long (default: stay to the end)"
+    )
+    parser.add_argument("--run-name", help=argparse.SUPPRESS)  # the same for workers that are started together
+    _criterion(parser)
+
+
+SCORING = {
+    "score": "what is kept: magnitude, snip, grasp, synflow, taylor, fisher, movement, hydra",
+    "score_on": "whether scores with data see clean or adversarial images",
+    "scope": "how the weights that stay are shared among layers: global, layerwise, uniform, erk",
+    "pattern": "which weights go together: unstructured, 2:4, block:4x4, channel",
+}
+
+
+def _scoring(parser: argparse.ArgumentParser) -> None:
+    """Add the shorthands of `find`; each is an override of find.*."""
+    for name, text in SCORING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"find.{name}, {text}")
+
+
+def _scoring_overrides(options: argparse.Namespace) -> list[str]:
+    given = vars(options)
+    return [f"find.{name}={given[name]!r}" for name in SCORING if given.get(name)]
 
 
 def _measuring(parser: argparse.ArgumentParser) -> None:
@@ -188,17 +231,35 @@ def study_run(options: argparse.Namespace) -> int:
         dry_run(study)
         return 0
     from sparse_robust.bench import machine
+    from sparse_robust.study.processes import run_processes
     from sparse_robust.study.report import write_report
+    from sparse_robust.study.workers import run_study
 
     criterion = _criterion_of(options)
-
-    with _accelerator(options, study.folder) as accelerator, _progress(accelerator, options) as progress:
-        study.run(accelerator, progress, machine=asdict(machine(accelerator.device)))
-        if accelerator.is_main_process and not options.no_report:
-            page = write_report(study.folder, criterion)
-            progress.say(f"report: {page}")
-        accelerator.wait_for_everyone()
+    if options.processes > 1:
+        return run_processes(options.processes, cli_study.worker_arguments(options, study))
+    bars = None if options.run_name is None else False  # one of several workers: their bars would mix
+    with _accelerator(options, study.folder) as accelerator, _progress(accelerator, options, bars) as progress:
+        outcome = run_study(
+            study, accelerator, progress, machine=asdict(machine(accelerator.device)), run=options.run_name,
+            idle_seconds=None if options.idle_minutes is None else 60 * options.idle_minutes,
+            report=None if options.no_report else partial(write_report, study.folder, criterion),
+        )  # fmt: skip
+    outcome.raise_failures()
     return 0
+
+
+def study_submit(options: argparse.Namespace) -> int:
+    """Start workers on a cluster."""
+    from sparse_robust.study.console import dry_run
+    from sparse_robust.study.runner import Study
+
+    config = _study_config(options)
+    study = Study(config, options.out or Path("runs") / config.name)
+    if options.dry_run:
+        dry_run(study)
+        return 0
+    return cli_study.submit(options, study)
 
 
 def study_status(options: argparse.Namespace) -> int:
@@ -224,8 +285,11 @@ def single_run(options: argparse.Namespace) -> int:
     from sparse_robust.study.load import build, read_config
     from sparse_robust.study.runs import RUNS, execute, outcome, run_name
 
-    overrides = [*options.overrides, *_measuring_overrides(options)]
-    run = build(RUNS[options.verb], read_config(options.config, overrides))
+    overrides = [*options.overrides, *_scoring_overrides(options), *_measuring_overrides(options)]
+    values = read_config(options.config, overrides)
+    if options.verb == "find" and isinstance(finder := values.setdefault("find", {}), dict) and "recipe" not in finder:
+        finder.setdefault("method", "oneshot")  # IMP has to be told how to train
+    run = build(RUNS[options.verb], values)
     folder = options.out or Path("runs") / run_name(run)
     if options.dry_run:
         show_configuration(run)
@@ -245,33 +309,14 @@ def single_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def ticket_show(options: argparse.Namespace) -> int:
-    """Print a ticket."""
-    from sparse_robust.study.console import show_ticket
-
-    show_ticket(options.ticket)
-    return 0
-
-
-def ticket_verify(options: argparse.Namespace) -> int:
-    """Check a ticket, and the weights it belongs to."""
-    from sparse_robust.tickets import Ticket
-
-    ticket = Ticket.load(options.ticket)
-    sys.stdout.write(f"{options.ticket}: sound, {ticket.masks.count()} of {ticket.masks.numel()} weights kept\n")
-    if options.weights is not None:
-        from sparse_robust.models import load_model
-
-        ticket.verify(load_model(options.weights))
-        sys.stdout.write(f"{options.weights}: the weights this ticket was drawn from\n")
-    return 0
-
-
 def run_bench(options: argparse.Namespace) -> int:
     """Run benchmarks."""
     from sparse_robust.bench import command
 
-    return command(options.operations, list_only=options.list, csv=options.csv)
+    return command(
+        options.operations, list_only=options.list, csv=options.csv, device=options.device, claims=options.claims,
+        base=options.base, plot=options.plot,
+    )  # fmt: skip
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -312,6 +357,7 @@ def _accelerator(options: argparse.Namespace, folder: Path) -> Iterator[Accelera
     project = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "trackers"))
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
+        dynamo_backend=options.compile,
         gradient_accumulation_steps=1,  # accumulation is the recipe's
         log_with=options.tracker,
         project_config=project,

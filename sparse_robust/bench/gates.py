@@ -24,6 +24,20 @@ def require_same(what: str, got: Mapping[str, torch.Tensor], expected: Mapping[s
             raise GateError(f"{what}: {differing} of {tensor.numel()} values of {name} differ, by up to {largest:.3g}")
 
 
+def require_close(
+    what: str, got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
+) -> None:
+    """Raise `GateError` where a tensor differs by more than a share of its largest expected value."""
+    for name, tensor in got.items():
+        other = expected[name].to(tensor.device).double()
+        error = float((tensor.double() - other).abs().max()) if tensor.numel() else 0.0
+        largest = float(other.abs().max()) if tensor.numel() else 0.0
+        if not error <= tolerance * largest:
+            raise GateError(
+                f"{what}: {name} is off by {error:.2g}, more than {tolerance:.0e} of its largest, {largest:.2g}"
+            )
+
+
 def require_finite(what: str, value: torch.Tensor) -> None:
     """Raise `GateError` if a value is NaN or infinite."""
     if not bool(value.isfinite().all()):

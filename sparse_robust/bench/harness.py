@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class Case:
     work: int
     """How many of ``unit`` one call handles."""
     unit: str
+    memory: dict[str, float] = field(default_factory=dict)
+    """Bytes by route, where the gate measures them: see `Record.memory_bytes`."""
 
 
 Cases = Callable[[torch.device, str], Iterator[Case]]
@@ -57,12 +60,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one case: its records, or the reason why there are none."""
+    """What came of one case: its records (none if only its gate was asked for), or why it failed."""
 
     operation: str
     case: str
     records: tuple[Record, ...] = field(default=())
     failure: str = ""
+    shown: str = ""
+    """What the gate found to hold."""
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -79,6 +84,17 @@ def operation(name: str, description: str) -> Callable[[Cases], Cases]:
     return add
 
 
+class Timing(NamedTuple):
+    """What was taken of one route."""
+
+    calls: int
+    """In one sample."""
+    wall: list[float]
+    """Seconds of one call by the clock, a number for each sample."""
+    cpu: list[float]
+    """The same in CPU time of this process, all its threads."""
+
+
 def time_routes(
     routes: Mapping[str, Callable[[], object]],
     *,
@@ -87,15 +103,13 @@ def time_routes(
     budget_seconds: float = 60.0,
     synchronize: Callable[[], None] = lambda: None,
     clock: Clock = time.perf_counter,
-) -> dict[str, tuple[int, list[float]]]:
+    cpu_clock: Clock = time.process_time,
+) -> dict[str, Timing]:
     """Time routes in turn (A, B, A, B, ...), so that whatever drifts in the machine touches all alike.
 
     Every route is called twice first, unmeasured: that covers compilation, caches and the choice of algorithms. The
     second call's time sets how many calls make a sample of at least ``sample_seconds``. Rounds stop after ``samples``,
     or when ``budget_seconds`` are spent, but not before three.
-
-    Returns:
-        For each route, the calls in a sample and the seconds of one call in each sample.
     """
     calls: dict[str, int] = {}
     for name, call in routes.items():
@@ -105,42 +119,45 @@ def time_routes(
         call()
         synchronize()
         calls[name] = max(1, math.ceil(sample_seconds / max(clock() - began, 1e-9)))
-    times: dict[str, list[float]] = {name: [] for name in routes}
+    taken = {name: Timing(count, [], []) for name, count in calls.items()}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         start = clock()
-        for taken in range(samples):
-            if taken >= 3 and clock() - start > budget_seconds:
+        for done in range(samples):
+            if done >= 3 and clock() - start > budget_seconds:
                 break
             for name, call in routes.items():
                 synchronize()
-                began = clock()
+                began, worked = clock(), cpu_clock()
                 for _ in range(calls[name]):
                     call()
                 synchronize()
-                times[name].append((clock() - began) / calls[name])
+                taken[name].cpu.append((cpu_clock() - worked) / calls[name])
+                taken[name].wall.append((clock() - began) / calls[name])
     finally:
         if collecting:
             gc.enable()
-    return {name: (calls[name], times[name]) for name in routes}
+    return taken
 
 
 def measure(case: Case, operation_name: str, device: torch.device, *, now: str, samples: int = 12) -> Outcome:
-    """Take one case through its gate and, if it holds, time it."""
+    """Take one case through its gate and, if it holds and there are samples to take, time it."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
     try:
         shown = case.gate()
     except GateError as error:
         return Outcome(operation_name, case.name, failure=str(error))
+    if samples == 0:
+        return Outcome(operation_name, case.name, shown=shown)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     timed = time_routes(case.routes, samples=samples, synchronize=synchronize)
-    ours = float(np.median(next(iter(timed.values()))[1]))
+    ours = float(np.median(next(iter(timed.values())).wall))
     where = asdict(machine(device))
     records = []
-    for route, (calls, times) in timed.items():
-        low, median, high = (float(value) for value in np.quantile(times, [0.2, 0.5, 0.8]))
+    for route, (calls, wall, cpu) in timed.items():
+        low, median, high = (float(value) for value in np.quantile(wall, [0.2, 0.5, 0.8]))
         records.append(
             Record(
                 time=now,
@@ -148,7 +165,7 @@ def measure(case: Case, operation_name: str, device: torch.device, *, now: str, 
                 case=case.name,
                 route=route,
                 device=device.type,
-                samples=len(times),
+                samples=len(wall),
                 calls=calls,
                 median_s=median,
                 q20_s=low,
@@ -158,10 +175,12 @@ def measure(case: Case, operation_name: str, device: torch.device, *, now: str, 
                 unit=case.unit,
                 gate=shown,
                 load=round(load, 2),
+                cpu_s=float(np.median(cpu)),
+                memory_bytes=case.memory.get(route),
                 **where,
             )
         )
-    return Outcome(operation_name, case.name, tuple(records))
+    return Outcome(operation_name, case.name, tuple(records), shown=shown)
 
 
 def select(registry: Mapping[str, Operation], names: Sequence[str] | None) -> list[Operation]:
@@ -180,6 +199,7 @@ def run(
     samples: int = 12,
     out: str | Path | None = None,
     registry: Mapping[str, Operation] = OPERATIONS,
+    keep_going: bool = False,
 ) -> Iterator[Outcome]:
     """Run operations one case at a time, yielding each outcome as it is there and adding its records to ``out``.
 
@@ -187,9 +207,10 @@ def run(
         names: operations to run; None means all of them.
         device: "cpu" or "cuda".
         scale: one of `SCALES`.
-        samples: rounds of timing; a case that takes long gets fewer, never under three.
+        samples: rounds of timing; a case that takes long gets fewer, never under three. 0: gates alone.
         out: the record file to add to; None writes nothing.
         registry: the operations to choose from.
+        keep_going: an error of a case, not of its gate alone, is its outcome and does not end the run.
 
     Raises:
         UsageError: for an unknown name or scale, no samples, or a device that is not there, before anything runs.
@@ -197,21 +218,38 @@ def run(
     chosen = select(registry, names)
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
-    if samples < 1:
-        raise UsageError(f"at least one sample is needed, got {samples}.")
+    if samples < 0:
+        raise UsageError(f"samples must be 0 (gates alone) or more, got {samples}.")
     kind = torch.device(device)
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' was asked for, but torch sees no CUDA device here. Use device 'cpu'.")
-    return _run(chosen, kind, scale, samples, out)
+    return _run(chosen, kind, scale, samples, out, keep_going)
 
 
 def _run(
-    chosen: Iterable[Operation], device: torch.device, scale: str, samples: int, out: str | Path | None
+    chosen: Iterable[Operation],
+    device: torch.device,
+    scale: str,
+    samples: int,
+    out: str | Path | None,
+    keep_going: bool,
 ) -> Iterator[Outcome]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    for chosen_operation in chosen:
-        for case in chosen_operation.cases(device, scale):
-            outcome = measure(case, chosen_operation.name, device, now=now, samples=samples)
+    for each in chosen:
+        cases = each.cases(device, scale)
+        while True:
+            case: Case | None = None
+            try:
+                case = next(cases, None)
+                if case is None:
+                    break
+                outcome = measure(case, each.name, device, now=now, samples=samples)
+            except Exception as error:
+                if not keep_going:
+                    raise
+                what = case.name if case is not None else "its cases"
+                yield Outcome(each.name, what, failure=f"{type(error).__name__}: {str(error)[:500]}")
+                continue
             if out is not None and outcome.records:
                 append(out, outcome.records)
             yield outcome

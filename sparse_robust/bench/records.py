@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,27 +52,36 @@ class Record:
     timm: str
     version: str
     commit: str
+    # Columns that came later; a file made before them has none of them, and keeps the columns that it has.
+    cpu_s: float | None = None
+    """Median of the CPU seconds of one call, all threads of the process together: under the time by the clock of one
+    thread, the process had to wait for others."""
+    memory_bytes: float | None = None
+    """Bytes that one call needs at its peak, or leaves on the disk; the gate says which. None where not looked at."""
 
 
 COLUMNS = tuple(field.name for field in fields(Record))
-_CONVERT = {"int": int, "float": float, "str": str}
+_REQUIRED = tuple(field.name for field in fields(Record) if field.default is MISSING)
+_CONVERT = {"int": int, "float": float, "float | None": float, "str": str}
 
 
 def append(path: str | Path, records: Iterable[Record]) -> None:
     """Add records to the end of a file, in one write; the file and its header are made if need be.
+
+    What an older file has no column for is left out.
 
     Raises:
         FileError: if the file has other columns, or cannot be written.
     """
     path = Path(path)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.stat().st_size == 0:
+        fresh = not path.exists() or path.stat().st_size == 0
+        columns = COLUMNS if fresh else _header(path)
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        if fresh:
             writer.writeheader()
-        else:
-            _check_header(path)
         writer.writerows(asdict(record) for record in records)
         with open(path, "a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())
@@ -95,14 +104,11 @@ def read(path: str | Path) -> list[Record]:
         raise FileError(
             f"{path} does not exist. Records are added to a file by make bench, or sparse-robust bench --csv."
         )
-    _check_header(path)
+    _header(path)
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        return [
-            Record(**{field.name: _CONVERT[str(field.type)](row[field.name]) for field in fields(Record)})
-            for row in rows
-        ]
+        return [_record(row) for row in rows]
     except (TypeError, ValueError) as error:
         raise FileError(f"{path} holds a line that is no record ({error}). Was the file edited?") from error
 
@@ -119,7 +125,7 @@ def table(records: Sequence[Record], title: str | None = None) -> Table:
     shown = Table(title=title, title_justify="left")
     for heading in ("operation", "case", "route"):
         shown.add_column(heading)
-    for heading in ("median", "20 % .. 80 %", "relative", "rate"):
+    for heading in ("median", "20 % .. 80 %", "CPU", "relative", "rate"):
         shown.add_column(heading, justify="right")
     before = None
     for record in records:
@@ -129,7 +135,8 @@ def table(records: Sequence[Record], title: str | None = None) -> Table:
         names = (record.operation, f"{record.case} {record.device}") if before != case else ("", "")
         spread = f"{duration(record.q20_s)} .. {duration(record.q80_s)}"
         rate = f"{record.per_second:,.4g} {record.unit}/s"
-        shown.add_row(*names, record.route, duration(record.median_s), spread, f"{record.relative:.2f}x", rate)
+        busy = "" if record.cpu_s is None else duration(record.cpu_s)
+        shown.add_row(*names, record.route, duration(record.median_s), spread, busy, f"{record.relative:.2f}x", rate)
         before = case
     return shown
 
@@ -142,13 +149,21 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
-def _check_header(path: Path) -> None:
+def _record(row: dict[str, str]) -> Record:
+    given = {f.name: f for f in fields(Record) if f.name in _REQUIRED or row.get(f.name)}
+    return Record(**{name: _CONVERT[str(field.type)](row[name]) for name, field in given.items()})
+
+
+def _header(path: Path) -> tuple[str, ...]:
+    """Return the columns of a file, which are those of a record but for the ones that came later."""
     with open(path, encoding="utf-8", newline="") as file:
         header = tuple(next(csv.reader(file), ()))
-    if header != COLUMNS:
-        missing, extra = [c for c in COLUMNS if c not in header], [c for c in header if c not in COLUMNS]
+    known = [column for column in COLUMNS if column in _REQUIRED or column in header]
+    if list(header) != known:
+        missing, extra = [c for c in _REQUIRED if c not in header], [c for c in header if c not in COLUMNS]
         raise FileError(
             f"{path} is not a record of this version: expected the columns {', '.join(COLUMNS)};"
             f" missing {', '.join(missing) or 'none'}, unknown {', '.join(extra) or 'none'}."
             " Records are never rewritten: name another file."
         )
+    return header

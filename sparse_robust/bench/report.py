@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparse_robust.bench.base import compare, comparison_table
+from sparse_robust.bench.claimed import CLAIMS
+from sparse_robust.bench.claims import FAILS, Claim, claim_table
 from sparse_robust.bench.harness import OPERATIONS, Outcome, run
 from sparse_robust.bench.machines import machine, machine_line
-from sparse_robust.bench.records import Record, table
+from sparse_robust.bench.plots import plot as draw
+from sparse_robust.bench.records import Record, last_run, read, table
+from sparse_robust.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,14 +29,30 @@ def command(
     device: str | None = None,
     scale: str = "full",
     samples: int = 12,
+    base: str | None = None,
+    claims: bool = False,
+    plot: Path | None = None,
+    show: bool = False,
+    since: str = "",
     console: Console | None = None,
 ) -> int:
     """Run operations (all of them if none is named), show them, and add their records to ``csv``.
 
-    ``device`` None means the GPU where there is one. ``list_only`` shows what there is and runs nothing.
+    Args:
+        list_only: show what there is, and run nothing.
+        csv: the record file; the other options that read one need it.
+        device: None means the GPU where there is one.
+        base: a git revision to time our routes against, instead of against their rivals; nothing is recorded.
+        claims: run what the claims rest on (or the operations named), then say which of them hold.
+        plot: draw the record into this folder, and run nothing.
+        show: run nothing; show the last run of the record, or with ``claims`` what it says of them.
+        since: with ``show``, look only at runs from this time on (UTC, ISO 8601).
 
     Returns:
-        The exit status: 0, or 1 if a gate failed.
+        The exit status: 0, or 1 if a gate or a claim failed.
+
+    Raises:
+        UsageError: for an unknown name or revision, or options that need a record file and have none.
     """
     if console is None:
         from rich.console import Console
@@ -42,30 +63,73 @@ def command(
             console.print(f"{known.name:14s} {known.description}", markup=False, highlight=False)
         return 0
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    outcomes = run(names, device=device, scale=scale, samples=samples, out=csv)
-    status = report(console, outcomes, device=device)
+    if base is not None:
+        return _against(base, names, console, device=device, scale=scale, samples=samples)
+    if plot is not None:
+        for path in draw(_required(csv, "plot"), plot):
+            console.print(str(path), markup=False, highlight=False)
+        return 0
+    said = [claim for claim in CLAIMS if claim.device == device]
+    if show:
+        records = [record for record in read(_required(csv, "show")) if record.time >= since]
+        console.print(claim_table(said, records) if claims else table(last_run(records)))
+        return int(claims and _any_fails(said, records))
+    if claims and not names:
+        names = list(dict.fromkeys(name for claim in said for name in claim.operations))
+    records = []
+    outcomes = run(names, device=device, scale=scale, samples=samples, out=csv, keep_going=True)
+    status = report(console, outcomes, records, device=device)
     if csv is not None:
         console.print(f"added to {csv}", markup=False, highlight=False)
+    if claims:
+        console.print(claim_table(said, records))
+        status = int(status or _any_fails(said, records))
     return status
 
 
-def report(console: Console, outcomes: Iterable[Outcome], *, device: torch.device | str = "cpu") -> int:
-    """Show outcomes as they come, then the table.
+def _against(base: str, names: Sequence[str], console: Console, **options: Any) -> int:
+    done = []
+    for comparison in compare(base, names, root=Path(__file__).resolve().parents[2], **options):
+        done.append(comparison)
+        said = comparison.failure or "timed"
+        console.print(f"{comparison.operation}, {comparison.case}: {said}", markup=False, highlight=False)
+    console.print(comparison_table(done, base))
+    return int(any(comparison.failure for comparison in done))
+
+
+def _required(csv: Path | None, option: str) -> Path:
+    if csv is None:
+        raise UsageError(f"--{option} reads a record file: name it, with --csv FILE.")
+    return csv
+
+
+def _any_fails(said: Sequence[Claim], records: Sequence[Record]) -> bool:
+    return any(claim.verdict(records) == FAILS for claim in said)
+
+
+def report(
+    console: Console,
+    outcomes: Iterable[Outcome],
+    records: list[Record] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Show outcomes as they come, then the table; add their records to ``records``.
 
     Returns:
         The exit status: 0, or 1 if a gate failed.
     """
     console.print(machine_line(machine(device)), markup=False, highlight=False)
-    records: list[Record] = []
+    records = [] if records is None else records
     failures = 0
     for outcome in outcomes:
         records.extend(outcome.records)
         failures += bool(outcome.failure)
         what = f"{outcome.operation}, {outcome.case}: "
-        said = f"NOT TIMED, {outcome.failure}" if outcome.failure else outcome.records[0].gate
+        said = f"NOT TIMED, {outcome.failure}" if outcome.failure else outcome.shown
         console.print(what + said, style="red" if outcome.failure else "", markup=False, highlight=False)
     if records:
         console.print(table(records))
     if failures:
-        console.print(f"{failures} cases were not timed, because their gates failed.", style="red")
+        console.print(f"{failures} cases were not timed: their gates failed, or they could not run.", style="red")
     return int(failures > 0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparse_robust.errors import UsageError
+from sparse_robust.errors import FileError, UsageError
 from sparse_robust.evaluation.verdicts import UNBROKEN, Verdicts, read_verdicts
 
 
@@ -101,4 +101,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     header, rows = read_verdicts(path)
     if not len(rows):
         raise UsageError(f"{path} holds no verdict yet.")
-    return summarise(rows, [(stage["attack"], float(stage["eps"])) for stage in header["stages"]])
+    try:
+        stages = [(str(stage["attack"]), float(stage["eps"])) for stage in header["stages"]]
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{path} is damaged at line 1: an eps is no number ({error}).") from error
+    return summarise(rows, stages)

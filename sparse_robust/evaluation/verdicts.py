@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_robust.errors import FileError, UsageError
-from sparse_robust.files import canonical_json, ensure_writable, write_text
+from sparse_robust.files import canonical_json, ensure_writable, parse_json, write_text
 
 UNBROKEN, CLEAN_WRONG = -1, -2
 
@@ -305,7 +305,7 @@ def _parse(row: list[str], broken_by: Mapping[str, int]) -> bytes:
         raise ValueError(f"expected {len(_CSV_COLUMNS)} columns, got {len(row)}")
     word = ",".join(row[_BROKEN_BY : _BROKEN_BY + 2])
     if word not in broken_by:
-        raise ValueError(f"no stage of this evaluation is {word!r}")
+        raise ValueError(f"no stage of this evaluation is {word[:80]!r}")
     numbers = [*row[:_BROKEN_BY], str(broken_by[word]), *row[_BROKEN_BY + 2 :]]
     values = [convert(text) for convert, text in zip(_CONVERT, numbers, strict=True)]
     if not 0 <= values[_NEXT_STAGE] <= len(broken_by) - 2:
@@ -339,11 +339,11 @@ def _read_header(path: Path, line: str) -> dict[str, Any]:
     if int(found[1]) > VERSION:
         raise FileError(f"{path} has version {found[1]}, this package reads up to {VERSION}: update sparse_robust.")
     try:
-        header = json.loads(found[2])
+        header = dict(parse_json(found[2]))
         _stage_words(header["stages"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, 1, f"its header cannot be read ({error!r})", line) from error
-    return dict(header)
+    return header
 
 
 def _damaged(path: Path, number: int, what: str, line: str) -> FileError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,6 +11,8 @@ from sparse_robust.data import DataSpec
 from sparse_robust.files import canonical_json
 from sparse_robust.models import ModelSpec
 from sparse_robust.study.config import NO_IDENTITY, EvaluationConfig, FinderConfig, PretrainConfig, StudyConfig
+from sparse_robust.study.inputs import Inputs
+from sparse_robust.study.scoring import with_attack
 from sparse_robust.training import Recipe
 
 
@@ -28,6 +30,8 @@ class PretrainCell:
     config: PretrainConfig
     evaluation: EvaluationConfig = field(metadata=NO_IDENTITY)
     seed: int = 0
+    content: str | None = None
+    """What the checkpoint holds that the weights are read from: its sha256. Its path does not matter."""
 
     @property
     def slug(self) -> str:
@@ -109,18 +113,33 @@ def cell_name(cell: Cell) -> str:
     return f"{cell.slug}-{digest}"
 
 
-def study_cells(config: StudyConfig) -> list[Cell]:
-    """Return the cells of a study, each after those it needs."""
+def needs(cell: Cell) -> list[Cell]:
+    """Return the cells that must be done before this one can run."""
+    if isinstance(cell, PretrainCell):
+        return []
+    before = cell.like if isinstance(cell, FindCell) else cell.find
+    return [cell.pretrain, *([before] if before is not None else [])]
+
+
+def study_cells(config: StudyConfig, identity: Callable[[str], str] | None = None) -> list[Cell]:
+    """Return the cells of a study, each after those it needs.
+
+    Args:
+        config: the study.
+        identity: says what a file contains, for the names of the cells that read it; default `Inputs.identity`.
+    """
+    identity = identity or Inputs().identity
     pretrains = {
         theta: PretrainCell(
-            theta=theta, model=config.model, data=config.source, config=entry, evaluation=config.evaluation
+            theta=theta, model=config.model, data=config.source, config=entry, evaluation=config.evaluation,
+            content=None if entry.checkpoint is None else identity(entry.checkpoint),
         )
         for theta, entry in config.pretrain.items()
-    }
+    }  # fmt: skip
     finds: dict[tuple[str, str], FindCell] = {}
     for theta in pretrains:
         for label in sorted(config.find, key=lambda name: config.find[name].like is not None):
-            finder = config.find[label]
+            finder = with_attack(config.find[label], config.evaluation)
             like = finds[theta, finder.like] if finder.like is not None else None
             finds[theta, label] = FindCell(pretrain=pretrains[theta], finder=label, config=finder, like=like)
     return [*pretrains.values(), *finds.values(), *_transfers(config, pretrains, finds)]

@@ -12,10 +12,14 @@ from sparse_robust.data import DataSpec
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.evaluation import PRECISIONS
 from sparse_robust.models import ModelSpec
+from sparse_robust.pruning import survivors
+from sparse_robust.pruning.dynamic import METHODS, Dynamics
+from sparse_robust.study.scoring import ScoreAttack, check_finder
 from sparse_robust.training import Recipe
 
 ATTACKS = ("pgd", "autoattack", *(f"autoattack-{version}" for version in VERSIONS), *MEMBERS)
-FINDERS = ("imp", "oneshot", "random")
+FINDERS = ("imp", "oneshot", "random", *METHODS)
+REWINDS = ("pretrained", "initial", "lr")
 NO_IDENTITY = {"identity": False}
 """Marks fields that say how something is done and not what: they do not enter the name of a cell."""
 
@@ -103,8 +107,8 @@ class PretrainConfig:
 
     recipe: Recipe | None = None
     """Training recipe on the source task; None takes the weights as they come."""
-    checkpoint: str | None = None
-    """A weights file to start from."""
+    checkpoint: str | None = field(default=None, metadata=NO_IDENTITY)
+    """A weights file to start from. What it contains is part of a cell's name, its path is not."""
     pretrained: bool = False
     """Start from timm's published weights of the model."""
 
@@ -120,38 +124,131 @@ class FinderConfig:
     """One way to find tickets."""
 
     method: str = "imp"
-    """imp (iterative magnitude pruning with rewinding to the pre-trained weights), oneshot, or random."""
+    """imp (iterative magnitude pruning with rewinding), oneshot, random, or, with masks that change while the network
+    trains: gradual, set, rigl, granet (every ticket is a run of its own, from the pre-trained weights)."""
     rounds: int = 15
     """Number of tickets; round k has pruned k times."""
     rate: float = 0.2
     """Share of the remaining weights that each round removes."""
+    sparsities: tuple[float, ...] = ()
+    """Share of all prunable weights that is gone in each ticket, ascending, such as [0.8, 0.9, 0.95]; in place of
+    rounds and rate."""
+    score: str = "magnitude"
+    """imp and oneshot: what is kept, by `SCORES`: magnitude, snip, grasp, synflow, taylor, fisher, movement, hydra."""
+    score_on: str = "clean"
+    """Whether scores with data see training images of the source clean or adversarial."""
+    score_attack: ScoreAttack | None = None
+    """What makes them adversarial; None takes the attack of an adversarial recipe below, else of the evaluation."""
+    score_images: int = 1024
+    """So many training images, evenly spaced over the file, are shown to a score."""
+    score_batch: int = 128
+    """Images per batch."""
+    score_options: dict[str, float] = field(default_factory=dict)
+    """Options of the score, such as temperature (grasp) or epochs and lr (hydra, movement)."""
     scope: str = "global"
-    """global: one ranking over all layers (IMP and oneshot); layerwise: the same share in each (oneshot)."""
+    """How the weights that stay are shared among layers: global (one ranking), layerwise, uniform, erk, or custom. What
+    set, rigl and granet begin with: global stands for erk there, as published."""
+    densities: dict[str, float] = field(default_factory=dict)
+    """scope custom: densities of layers, by name or pattern; the other layers share the rest."""
+    pattern: str = "unstructured"
+    """Which weights go together: unstructured, N:M (2:4), block:RxC, channel. Early rounds that would keep more than
+    N of M keep that."""
     recipe: Recipe | None = None
-    """IMP: training on the source task between two cuts."""
+    """IMP: training on the source task between two cuts; gradual, set, rigl, granet: the training of each ticket."""
     like: str | None = None
-    """random: the finder whose per-layer counts are copied; None draws from all layers together."""
+    """random and oneshot: the finder whose per-layer counts are copied; None goes by the scope."""
     stem: bool = True
     """Whether the first convolution is pruned."""
     head: bool = False
     """Whether the classifier is pruned."""
     exclude: tuple[str, ...] = ()
     """Weights that are never pruned: names or patterns."""
+    rewind: str = "pretrained"
+    """IMP: what all is put back to after each cut: pretrained; initial (the untrained network); step:K (the weights
+    after K updates of dense training from the pre-trained ones); lr (nothing: only the learning rate begins anew)."""
+    every: int = 100
+    """gradual, set, rigl, granet: updates of the weights between changes of the masks."""
+    drop: float | None = None
+    """set, rigl, granet: share of each layer's connections that a change exchanges at first; None: as published."""
+    window: tuple[float, float] | None = None
+    """gradual, set, rigl, granet: from and until when masks change, in shares of the run; None: as published."""
+    start_density: float | None = None
+    """gradual, granet: share of the weights that is kept at first; None: as published, 1 and 0.5."""
 
     def __post_init__(self) -> None:
         if self.method not in FINDERS:
             raise unknown("find method", self.method, FINDERS)
+        self._check_rewind()
+        self._check_dynamics()
+        self._check_sparsities()
         if self.rounds < 1:
             raise UsageError(f"find.rounds must be at least 1, got {self.rounds}.")
         if not 0 < self.rate < 1:
             raise UsageError(f"find.rate must lie between 0 and 1, got {self.rate}.")
         if self.method == "imp" and self.rounds > 1 and self.recipe is None:
             raise UsageError("find method imp needs a recipe: how the source task is trained between two cuts.")
-        if self.scope != "global" and self.method != "oneshot":
-            raise UsageError(
-                f"find.scope {self.scope!r} is for method oneshot; {self.method} ranks all layers together."
-            )
+        check_finder(self)
         object.__setattr__(self, "exclude", tuple(self.exclude))
+
+    def _check_sparsities(self) -> None:
+        if not self.sparsities:
+            return
+        object.__setattr__(self, "sparsities", tuple(self.sparsities))
+        object.__setattr__(self, "rounds", len(self.sparsities))
+        if (
+            sorted(set(self.sparsities)) != list(self.sparsities)
+            or not 0 <= self.sparsities[0] <= self.sparsities[-1] < 1
+        ):
+            raise UsageError(
+                "find.sparsities must ascend within [0, 1): shares, not percentages (90 % is 0.9). "
+                f"Got {list(self.sparsities)}."
+            )
+
+    def kept(self, total: int, k: int) -> int:
+        """Return how many of ``total`` weights ticket ``k`` keeps, by `sparsities` or else by `rate`."""
+        return survivors(total, self.sparsities[k - 1], 1) if self.sparsities else survivors(total, self.rate, k)
+
+    def _check_rewind(self) -> None:
+        if self.rewind == "pretrained":
+            return
+        if self.method != "imp":
+            raise UsageError(f"find.rewind is for method imp; {self.method} rewinds nothing.")
+        if self.rewind not in REWINDS and self.rewind_step is None:
+            raise unknown("find.rewind", self.rewind, (*REWINDS, "step:K with K updates, such as step:500"))
+
+    def _check_dynamics(self) -> None:
+        if self.method not in METHODS:
+            if (self.every, self.drop, self.window, self.start_density) != (100, None, None, None):
+                raise UsageError(
+                    f"find.every, drop, window and start_density are for {', '.join(METHODS)}; {self.method} has no "
+                    "use for them."
+                )
+            return
+        self.dynamics()
+        if self.recipe is None:
+            raise UsageError(f"find method {self.method} needs a recipe: how the source task is trained.")
+        if (self.score, self.pattern, self.like) != ("magnitude", "unstructured", None):
+            raise UsageError(
+                f"find method {self.method} prunes single weights by magnitude: find.score, pattern and like are not "
+                "for it."
+            )
+
+    @property
+    def rewind_step(self) -> int | None:
+        """The update whose weights are rewound to, if it is one."""
+        found = re.fullmatch(r"step:([1-9]\d*)", self.rewind)
+        return int(found[1]) if found else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains on the source task."""
+        return self.method == "imp" or self.method in METHODS
+
+    def dynamics(self) -> Dynamics:
+        """Build how masks change, of a method that does that."""
+        return Dynamics(
+            method=self.method, every=self.every, drop=self.drop, window=self.window, start=self.start_density
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +303,8 @@ class StudyConfig:
     transfer."""
     checkpoint_seconds: float = 60.0
     """Wall time between checkpoints inside a run."""
+    lease_seconds: float = 90.0
+    """A worker that has given no sign of life for so long has lost its cell to the next one that asks."""
     workers: int = 0
     """Loader processes of large data sets."""
     keep_weights: bool = False
@@ -216,6 +315,8 @@ class StudyConfig:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if not (self.pretrain and self.find and self.targets and self.seeds):
             raise UsageError("a study needs at least one entry each of pretrain, find, targets and seeds.")
+        if not self.lease_seconds > 0:
+            raise UsageError(f"study.lease_seconds must be above 0, got {self.lease_seconds}.")
         if len(set(self.seeds)) != len(self.seeds):
             raise UsageError(f"study.seeds holds a seed twice: {self.seeds}.")
         self._check_labels()
@@ -238,7 +339,8 @@ class StudyConfig:
                     )
 
     def _check_labels(self) -> None:
-        for label in (*self.pretrain, *self.find, *self.targets):
+        regimes = [regime for target in self.targets.values() for regime in target.recipes]
+        for label in (self.name, *self.pretrain, *self.find, *self.targets, *regimes):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", label):
                 raise UsageError(f"{label!r} cannot be a label: it becomes a folder's name (letters, digits, . _ + -).")
 

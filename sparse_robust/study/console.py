@@ -1,4 +1,4 @@
-"""What the command line shows of configurations, studies and tickets."""
+"""What the command line shows of configurations and studies."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sparse_robust.data import DataSpec, load_data
 from sparse_robust.errors import SparseRobustError
 from sparse_robust.evaluation import read_evaluation
 from sparse_robust.evaluation.console import curve_table, evaluation_table
+from sparse_robust.study.activity import Activity, activity
 from sparse_robust.study.cells import Cell, FindCell, cell_name
+from sparse_robust.study.config import StudyConfig
 from sparse_robust.study.estimate import Cost, cell_cost
 from sparse_robust.study.evaluation_run import VERDICTS
-from sparse_robust.study.load import to_plain
+from sparse_robust.study.load import build, to_plain
 from sparse_robust.study.results import load_results
 from sparse_robust.study.runner import Study
-from sparse_robust.tickets import Ticket
 
 ASSUMED_RATE = 2500
 """Images a second. Planning figure for ResNet-50 at 224 x 224 on one H100-class GPU in mixed precision: an
@@ -85,7 +86,7 @@ def dry_run(study: Study, console: Console | None = None) -> None:
 
 
 def status(folder: Path, console: Console | None = None) -> None:
-    """Print what of a study is done."""
+    """Print what of a study is done, who works on what, what failed and what waits."""
     console = console or Console()
     results = load_results(folder)
     done = {"pretrain": len(results.pretrain), "find": len(results.find), "transfer": len(results.transfer)}
@@ -102,39 +103,35 @@ def status(folder: Path, console: Console | None = None) -> None:
     for name, problem in results.problems.items():
         console.print(f"{name}: {problem}", markup=False, highlight=False)
     if results.pending:
-        console.print(f"next: {results.pending[0]}\ngo on with the command that started it.", highlight=False)
+        try:
+            found = activity(Study(build(StudyConfig, results.config), folder))
+        except SparseRobustError:  # written by another version: the results are read all the same
+            console.print(f"next: {results.pending[0]}", highlight=False)
+        else:
+            _show_activity(found, console)
 
 
-def show_ticket(path: Path, console: Console | None = None) -> None:
-    """Print a ticket's identity, provenance and per-layer densities."""
-    console = console or Console()
-    ticket = Ticket.load(path)
-    masks = ticket.masks
-    console.print(
-        f"[b]{path.name}[/b]  {masks.count():,} of {masks.numel():,} weights kept, sparsity "
-        f"{100 * masks.sparsity:.2f} %",
-        highlight=False,
-    )
-    facts = {
-        "architecture": ticket.architecture.get("name", "unknown"),
-        "drawn from weights": ticket.base_sha256,
-        "mask digest": masks.digest(),
-        "made by": f"sparse-robust {ticket.version}",
-        **{str(key): value for key, value in ticket.provenance.items() if not isinstance(value, dict)},
-    }
-    for name, value in facts.items():
-        console.print(f"  {name:<20} {value}", highlight=False, markup=False, soft_wrap=True)
-    table = Table(Column("weight", overflow="fold"), "shape", "kept", "of", Column("density", no_wrap=True))
-    for name, shape, kept, numel in masks.layers():
-        density = kept / max(numel, 1)
-        table.add_row(
-            name,
-            "x".join(map(str, shape)),
-            f"{kept:,}",
-            f"{numel:,}",
-            f"{100 * density:5.1f} % {'█' * round(8 * density)}",
-        )
-    console.print(table)
+def _show_activity(found: Activity, console: Console) -> None:
+    if found.held:
+        table = Table(Column("cell", overflow="fold"), "worker", "since (UTC)", "last sign of life", title="at work")
+        for name, held in found.held.items():
+            owner = held.owner
+            who = f"{owner.pid} on {owner.host}" if owner is not None else "unknown"
+            since = owner.since[:19].replace("T", " ") if owner is not None else ""
+            quiet = f"{held.quiet:.0f} s ago" + ("" if held.alive else ": gone, the next worker takes over")
+            table.add_row(name, who, since, quiet)
+        console.print(table)
+    for name, failure in found.failed.items():
+        where = f" ({failure.where}, {failure.time})" if failure.where else ""
+        console.print(f"failed: {name}: {failure.error}{where}", markup=False, highlight=False)
+    if found.ready:
+        console.print(f"next: {found.ready[0]}, {len(found.ready)} could be run now", highlight=False)
+    if found.waiting:
+        console.print(f"waiting for earlier cells: {len(found.waiting)}", highlight=False)
+    if any(held.alive for held in found.held.values()):
+        console.print("more workers may join: start the same command again, here or on another machine.")
+    else:
+        console.print("go on with the command that started it.")
 
 
 def show_evaluation(folder: Path, row: dict[str, Any], console: Console | None = None) -> None:

@@ -33,6 +33,8 @@ OPTIONAL = {
     "trackio": "--tracker trackio: pip install 'sparse-robust[track]'",
     "wandb": "--tracker wandb: pip install 'sparse-robust[track]'",
     "deepspeed": "ZeRO: pip install 'sparse-robust[deepspeed]'",
+    "submitit": "study submit --engine slurm: pip install 'sparse-robust[slurm]'",
+    "ray": "study submit --engine ray: pip install 'sparse-robust[ray]'",
 }
 GOOD, MISSING, BAD = "[green]ok[/green]", "[yellow]absent[/yellow]", "[red]fails[/red]"
 
@@ -58,6 +60,8 @@ def _checks() -> Iterator[tuple[str, str, str]]:
     for name, use in OPTIONAL.items():
         version = _version(name)
         yield name, GOOD if version else MISSING, version or use
+    sbatch = shutil.which("sbatch")
+    yield "Slurm", GOOD if sbatch else MISSING, sbatch or "no sbatch here: jobs are submitted where there is one"
     yield _device()
     yield "kernels", *_kernels()
     yield "cores", GOOD, f"{os.cpu_count()} ({torch.get_num_threads()} threads used by torch)"

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from sparse_robust.models import ModelSpec, build_model
+from sparse_robust.objectives import REGIMES
 from sparse_robust.study.cells import Cell, FindCell, TransferCell
 from sparse_robust.study.config import StudyConfig
 from sparse_robust.training import Recipe
@@ -28,7 +29,7 @@ class Cost:
 
 def passes_per_image(recipe: Recipe) -> int:
     """Return the forward+backward passes that one training image costs in one epoch."""
-    return {"standard": 1, "fast": 2}.get(recipe.regime, recipe.steps + 1)
+    return REGIMES[recipe.regime].passes(recipe.steps, awp=recipe.awp > 0)
 
 
 def training_cost(recipe: Recipe, images: int, validation: int) -> Cost:
@@ -45,10 +46,11 @@ def cell_cost(cell: Cell, train: int, validation: int, test: int) -> Cost:
     """Return the cost of a cell, given the sizes of its data set's splits."""
     evaluation = (cell_evaluation(cell) + 1) * test
     if isinstance(cell, FindCell):
-        if cell.config.method != "imp" or cell.config.recipe is None:
+        if not cell.config.trains or cell.config.recipe is None:
             return Cost(0, 0)
         one = training_cost(cell.config.recipe, train, validation)
-        rounds = cell.config.rounds - 1  # ticket 1 needs no training
+        # ticket 1 of IMP needs no training; of masks that change while training each ticket is a run of its own
+        rounds = cell.config.rounds - (cell.config.method == "imp")
         return Cost(one.train * rounds, one.evaluation * rounds)
     recipe = cell.recipe if isinstance(cell, TransferCell) else cell.config.recipe
     if recipe is None:

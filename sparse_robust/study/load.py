@@ -116,20 +116,50 @@ def to_plain(value: Any) -> Any:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        size = file.stat().st_size
+        if size > LARGEST:
+            raise UsageError(f"{file} is {size / 1e6:.0f} MB large, which no configuration is: check the name.")
+        values = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {file}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{file} must hold a mapping of keys to values, got {type(values).__name__}.")
     return values
 
 
-def _set(values: dict[str, Any], key: str, text: str) -> None:
+LARGEST, MOST_VALUES, DEEPEST = 1 << 22, 100_000, 50
+"""Bytes of a configuration file; values in it, every use of an anchor counted; levels of nesting."""
+
+
+def _parse(text: str) -> Any:
+    """Return the value of a YAML text that may come from anywhere.
+
+    Raises:
+        ValueError: if it is not YAML, asks for Python objects, or is larger or deeper than a configuration, which a few
+            anchors that use each other can be.
+    """
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, TypeError, OverflowError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+    waiting, seen = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES or depth > DEEPEST:
+            raise ValueError(f"it has more than {MOST_VALUES} values or {DEEPEST} levels, anchors written out")
+        if isinstance(item, (dict, list, tuple, set)):
+            below = item.values() if isinstance(item, dict) else item
+            waiting.extend((entry, depth + 1) for entry in below)
+    return value
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    try:
+        value = _parse(text)
+    except ValueError as error:
         raise UsageError(f"the value of {key} is not valid YAML: {text!r}.") from error
     *parents, last = key.split(".")
     at = values

@@ -160,7 +160,9 @@ def load_results(folder: str | Path) -> StudyResults:
             "Delete it and run the study again to have it written anew."
         )
     present = sorted(p.parent.name for p in folder.glob("cells/*/result.json"))
-    cells = [str(name) for name in study.get("cells") or present]
+    cells = study.get("cells") or present
+    if not isinstance(cells, list) or not all(isinstance(name, str) and _is_plain(name) for name in cells):
+        raise FileError(f"{path}: 'cells' must be a list of folder names. Run the study again to have it written anew.")
     rows: list[PretrainRow | FindRow | TransferRow] = []
     pending, problems, seen = [], {}, set()
     for name in cells:
@@ -177,6 +179,8 @@ def load_results(folder: str | Path) -> StudyResults:
         if isinstance(row, TransferRow):
             seen.add(row.identity)
     notes = study.get("notes") or []
+    if not isinstance(notes, (str, list)):
+        raise FileError(f"{path}: 'notes' must be a list of texts, got {type(notes).__name__}.")
     return StudyResults(
         name=str(study.get("name") or folder.name),
         config=_mapping(study.get("config")),
@@ -193,6 +197,11 @@ def load_results(folder: str | Path) -> StudyResults:
         notes=(notes,) if isinstance(notes, str) else tuple(str(n) for n in notes),
         classes=_mapping(study.get("classes") or _mapping(study.get("config")).get("classes")),
     )
+
+
+def _is_plain(name: str) -> bool:
+    """Tell whether a text names a folder inside another one."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def _mapping(value: Any) -> dict[str, Any]:

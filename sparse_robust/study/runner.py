@@ -1,30 +1,26 @@
-"""Runs a study: every cell that has no result yet, in order; what is done stays done."""
+"""A study and its folder: what its cells are, which are done, and how one is run; what is done stays done."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
-from sparse_robust.errors import FileError
+from sparse_robust.errors import FileError, UsageError
 from sparse_robust.files import ensure_writable, read_json, write_json, write_text
 from sparse_robust.study import stages
 from sparse_robust.study.cells import Cell, FindCell, PretrainCell, cell_name, describe, study_cells
 from sparse_robust.study.config import StudyConfig
 from sparse_robust.study.context import Context
 from sparse_robust.study.estimate import parameter_count
+from sparse_robust.study.inputs import Inputs
+from sparse_robust.study.leases import Watch, holder
 from sparse_robust.study.load import to_plain
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from sparse_robust.training.progress import ProgressReporter
-
-RESULT = "result.json"
-STUDY = "study.json"
+RESULT, FAILURE, STUDY = "result.json", "failure.json", "study.json"
+CELL = "cell"
+"""Name of the leases in a cell's folder."""
 SEEDS = (
     "Pre-training and tickets are made once; the seeds vary the transfer (new head, order of the images, attack "
     "noise), so every spread shown is that of the transfer."
@@ -37,7 +33,8 @@ class Study:
 
     def __init__(self, config: StudyConfig, folder: str | Path, *, trust_pickle: bool = False) -> None:
         self.config, self.folder, self.trust_pickle = config, Path(folder), trust_pickle
-        self.cells = study_cells(config)
+        self.inputs = Inputs(self.folder)
+        self.cells = study_cells(config, self.inputs.identity)
 
     def cell_folder(self, cell: Cell) -> Path:
         """Return the folder that is a cell's state."""
@@ -50,76 +47,65 @@ class Study:
     def pending(self) -> list[Cell]:
         """Return the cells that are still to be run. Pre-trained weights with another evaluation are evaluated
         again."""
-        return [cell for cell in self.cells if not self._is_done(cell)]
+        return [cell for cell in self.cells if not self.is_done(cell)]
 
-    def _is_done(self, cell: Cell) -> bool:
+    def is_done(self, cell: Cell) -> bool:
+        """Return whether a cell has its result."""
         file = self.result_file(cell)
         if not file.exists():
             return False
         return not isinstance(cell, PretrainCell) or read_json(file).get("evaluation") == describe(cell.evaluation)
 
     def prepare(self, machine: dict[str, Any]) -> None:
-        """Write down what the study is."""
-        plain = to_plain(self.config)
-        if not self.pending() and (self.folder / STUDY).exists():
-            machine = read_json(self.folder / STUDY)["machine"]  # the one that the results come from
-        write_text(self.folder / "study.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        names = [cell_name(cell) for cell in self.cells]
-        write_json(
-            self.folder / STUDY,
-            {"name": self.config.name, "config": plain, "machine": machine, "cells": names, "notes": [SEEDS]},
-        )
-
-    def run(
-        self,
-        accelerator: Accelerator,
-        progress: ProgressReporter,
-        *,
-        machine: dict[str, Any],
-    ) -> None:
-        """Run what is not done yet. Kill it at any moment and call it again: it goes on from there.
+        """Write down what the study is, unless that is there already: ``machine`` is the one it was begun on.
 
         Raises:
-            FileError: if the folder cannot be written, too little space is left, or another process runs this study.
+            FileError: if the folder cannot be written, or has too little space.
+            UsageError: if others are at work in this folder on another study, or a checkpoint file is missing.
         """
-        lock = FileLock(self.folder / ".lock", timeout=0)
-        if accelerator.is_main_process:
-            ensure_writable(self.folder, need_bytes=self._disk_bytes())
-            try:
-                lock.acquire()
-            except Timeout as error:
-                raise FileError(
-                    f"another process is running the study in {self.folder}. Wait for it, or choose another --out."
-                ) from error
-            self.prepare(machine)
-        try:
-            self._run(accelerator, progress)
-        finally:
-            lock.release()
+        ensure_writable(self.folder, need_bytes=self._disk_bytes())
+        self._require_checkpoints()
+        plain = to_plain(self.config)
+        names = [cell_name(cell) for cell in self.cells]
+        study = {"name": self.config.name, "config": plain, "machine": machine, "cells": names, "notes": [SEEDS]}
+        there = self._written()
+        if there is not None and (there.get("cells") != names or self._evaluation(there) != self._evaluation(study)):
+            self._require_nobody_at(there)
+        elif there is not None and any(self.result_file(cell).exists() for cell in self.cells):
+            study["machine"] = there.get("machine", machine)
+        if study != there:
+            write_text(self.folder / "study.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+            write_json(self.folder / STUDY, study)
+        self.inputs.save()
 
-    def _run(self, accelerator: Accelerator, progress: ProgressReporter) -> None:
-        accelerator.wait_for_everyone()
-        context = Context(
-            accelerator=accelerator, progress=progress, workers=self.config.workers, project=self.config.name,
-            checkpoint_seconds=self.config.checkpoint_seconds, keep_weights=self.config.keep_weights,
-            eval_batch_size=self.config.evaluation.batch_size, trust_pickle=self.trust_pickle,
-        )  # fmt: skip
-        task = progress.task(self.config.name, len(self.cells))
-        pending = self.pending()
+    def _written(self) -> dict[str, Any] | None:
+        try:
+            there = read_json(self.folder / STUDY)
+        except FileError:
+            return None
+        return there if isinstance(there, dict) else None
+
+    @staticmethod
+    def _evaluation(study: dict[str, Any]) -> Any:
+        config = study.get("config")
+        return config.get("evaluation") if isinstance(config, dict) else None
+
+    def _require_nobody_at(self, there: dict[str, Any]) -> None:
+        watch = Watch(self.folder)
+        for name in there.get("cells", ()):
+            found = holder(self.folder / "cells" / name, CELL, watch)
+            if found is not None and found.owner is not None and found.alive:
+                raise UsageError(
+                    f"a worker (process {found.owner.pid} on {found.owner.host}) is running {name} in {self.folder}, "
+                    "which belongs to another configuration. Wait for it, or choose another --out."
+                )
+
+    def _require_checkpoints(self) -> None:
         for cell in self.cells:
-            if cell not in pending:  # left behind by a kill just after the result was written
-                context.on_main(partial(stages.remove_checkpoints, self.cell_folder(cell)))
-        task.advance(len(self.cells) - len(pending))
-        if len(pending) < len(self.cells):
-            done = len(self.cells) - len(pending)
-            rest = "going on with the rest" if pending else "nothing is left to run"
-            progress.say(f"{done} of {len(self.cells)} cells are done already; {rest}.")
-        for cell in pending:
-            result = self.run_cell(cell, context)
-            context.on_main(partial(self._finish, cell, result))
-            progress.say(summary(result))
-            task.advance()
-        task.close()
+            if isinstance(cell, PretrainCell) and cell.config.checkpoint is not None:
+                path = cell.config.checkpoint
+                if cell.content == path and Path(path).suffix and ":" not in path:
+                    raise UsageError(f"pretrain.{cell.theta}.checkpoint {path} does not exist (from {Path.cwd()}).")
 
     def run_cell(self, cell: Cell, context: Context) -> dict[str, Any]:
         """Run one cell, whose predecessors are done, and return its result row."""
@@ -155,11 +141,20 @@ class Study:
     def _weights(self, cell: PretrainCell) -> Path:
         return self.cell_folder(cell) / stages.WEIGHTS
 
-    def _finish(self, cell: Cell, result: dict[str, Any]) -> None:
-        folder = self.result_file(cell).parent
+    def finish(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Write a cell's result: from here on it is done."""
+        folder = self.cell_folder(cell)
         write_text(folder / "spec.yaml", yaml.safe_dump({"kind": cell.kind, **describe(cell)}, sort_keys=False))
         write_json(folder / RESULT, {"cell": cell_name(cell), **result})
+        self.tidy(cell)
+
+    def tidy(self, cell: Cell) -> None:
+        """Delete what only an unfinished cell needs, and what interrupted writes left."""
+        folder = self.cell_folder(cell)
+        (folder / FAILURE).unlink(missing_ok=True)
         stages.remove_checkpoints(folder)
+        for rest in folder.rglob(".*.tmp"):
+            rest.unlink(missing_ok=True)
 
     def _disk_bytes(self) -> int:
         weights = 4 * parameter_count(self.config)

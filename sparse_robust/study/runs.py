@@ -19,6 +19,7 @@ from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainC
 from sparse_robust.study.context import Context
 from sparse_robust.study.evaluation_run import EvaluateRun
 from sparse_robust.study.load import to_plain
+from sparse_robust.study.scoring import check_like, with_attack
 from sparse_robust.training import Recipe
 
 
@@ -64,8 +65,15 @@ class FindRun:
     data: DataSpec
     find: FinderConfig = field(default_factory=lambda: FinderConfig(method="oneshot"))
     like: str | None = None
-    """Folder of the find run whose per-layer counts a random finder copies."""
+    """Folder of the find run whose per-layer counts are copied, by a random or oneshot finder."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Its PGD makes the batches of an adversarial score, unless the finder has an attack or an adversarial recipe."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "find", with_attack(self.find, self.evaluation))
+        if self.like is not None:
+            check_like(self.find)
 
     def execute(self, folder: Path, context: Context) -> dict[str, Any]:
         """Run it in ``folder``."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sparse_robust.errors import FileError, SparseRobustError, UsageError
 from sparse_robust.evaluation import Evaluation
 from sparse_robust.files import atomic_write, read_json, sha256_state, write_json
 from sparse_robust.masks import Masks, prunable_weights
+from sparse_robust.masks.patterns import Pattern
 from sparse_robust.models import (
     ModelSpec,
     check_input_size,
@@ -30,13 +33,15 @@ from sparse_robust.models import (
     set_normalization,
     spec_of,
 )
-from sparse_robust.pruning import imp, prune, random_like, survivors
+from sparse_robust.pruning import imp, prune
 from sparse_robust.seeding import derive_seed
 from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
 from sparse_robust.study.context import Context
+from sparse_robust.study.finding import STATE, State, changed_masks, resumed_state, rewind_target, save_state
+from sparse_robust.study.scoring import pruning_options
 from sparse_robust.tickets import Ticket
-from sparse_robust.training import Recipe
+from sparse_robust.training import Hook, Recipe
 
 WEIGHTS = "weights.safetensors"
 TRAINING = "training.json"
@@ -112,6 +117,7 @@ def _trained(
         "epochs": config.recipe.epochs,
         "history": trained.history,
         "stopped_by_guard": trained.stopped_by_guard,
+        "how": trained.how,
         "selected": {"rule": headline, **trained.selection.to_json()[headline]},
         "seconds": trained.seconds,
     }, model
@@ -131,7 +137,7 @@ def find(
     """Draw the tickets of all rounds from ``weights`` into ``folder/tickets``; returns the result row.
 
     Finished tickets are kept, so an interrupted search goes on with the round it was in. ``like`` is the folder of the
-    search whose per-layer counts a random finder copies.
+    search whose per-layer counts are copied.
     """
     started = time.monotonic()
     model = load_model(weights)
@@ -141,6 +147,9 @@ def find(
     context.accelerator.wait_for_everyone()  # all ranks have seen the same tickets before one of them writes more
     produced = dict(enumerate(done, start=1))
     rules: dict[str, Any] = {"stem": config.stem, "head": config.head, "exclude": config.exclude}
+    cutting = {} if len(done) == config.rounds else pruning_options(config, data_spec, seed, context)
+    if "batches" in cutting:
+        model.to(context.accelerator.device)
 
     def keep(k: int, masks: Masks) -> None:
         produced[k] = masks
@@ -150,26 +159,49 @@ def find(
         )
         context.on_main(lambda: ticket.save(ticket_file(folder, k)))
 
-    def train_round(network: nn.Module, masks: Masks, k: int) -> None:
+    def train_round(network: nn.Module, masks: Masks | None, k: int, hooks: Sequence[Hook] = ()) -> None:
         assert config.recipe is not None
         result = context.train(
             network, context.data(data_spec), config.recipe, seed=derive_seed("imp", seed, k), masks=masks,
-            folder=folder / f"round-{k:02d}", name=f"find {label} round {k + 1}/{config.rounds}",
+            folder=folder / f"round-{k:02d}", hooks=hooks,
+            name=f"find {label} round {k + (config.method == 'imp')}/{config.rounds}",
         )  # fmt: skip
-        record = {"k": k, "seconds": result.seconds, "history": result.history}
+        record = {"k": k, "seconds": result.seconds, "history": result.history, "how": result.how}
         context.on_main(lambda: write_json(folder / "rounds" / f"after-k{k:02d}.json", record))
 
-    if config.method == "imp":
-        for k, masks in imp(model, theta, train_round, rounds=config.rounds, rate=config.rate, done=done, **rules):
+    def initial() -> State:
+        data = context.data(data_spec)
+        return network_for(spec_of(model).with_(pretrained=False), data, derive_seed("model", seed)).state_dict()
+
+    if config.method == "imp" and len(done) < config.rounds:
+        target = rewind_target(config, model, initial, train_round, folder, context.on_main)
+        begin = resumed_state(folder, len(done)) if target == "lr" and done else theta
+        how: dict[str, Any] = {
+            "rounds": config.rounds,
+            "rate": config.rate,
+            "sparsities": config.sparsities,
+            "rewind": target,
+            "done": done,
+        }
+        for k, masks in imp(model, begin, train_round, **how, **cutting):
+            if target == "lr":
+                state = model.state_dict()
+                context.on_main(partial(save_state, state, folder / f"round-{k:02d}" / STATE))
             keep(k, masks)
-            shutil.rmtree(folder / f"round-{k - 1:02d}", ignore_errors=True)
+            if k > 1:
+                shutil.rmtree(folder / f"round-{k - 1:02d}", ignore_errors=True)
+    elif config.trains:
+        for k in range(len(done) + 1, config.rounds + 1):
+            drawn = derive_seed("changing-masks", seed, k)
+            keep(k, changed_masks(model, theta, config, k, rules=rules, seed=drawn, train=train_round))
+            shutil.rmtree(folder / f"round-{k:02d}", ignore_errors=True)
     else:
         for k in range(len(done) + 1, config.rounds + 1):
-            keep(k, _one_cut(model, config, k, derive_seed("random-masks", seed, k), rules, like))
+            keep(k, _one_cut(model, config, k, derive_seed("random-masks", seed, k), cutting, like))
     rounds = [read_json(file) for file in sorted((folder / "rounds").glob("after-k*.json"))]
     return {
         "method": config.method,
-        "regime": config.recipe.regime if config.recipe is not None and config.method == "imp" else None,
+        "regime": config.recipe.regime if config.recipe is not None and config.trains else None,
         "base_sha256": base_sha256,
         "tickets": [_ticket_row(folder, k, masks) for k, masks in sorted(produced.items())],
         "rounds": rounds,
@@ -178,13 +210,14 @@ def find(
 
 
 def _one_cut(
-    model: nn.Module, config: FinderConfig, k: int, seed: int, rules: dict[str, Any], like: Path | None
+    model: nn.Module, config: FinderConfig, k: int, seed: int, cutting: dict[str, Any], like: Path | None
 ) -> Masks:
-    if config.method == "random" and like is not None:
-        return random_like(Ticket.load(ticket_file(like, k)).masks, seed=seed)
-    score = "random" if config.method == "random" else "magnitude"
-    total = sum(weight.numel() for weight in prunable_weights(model, **rules).values())
-    return prune(model, count=survivors(total, config.rate, k), score=score, scope=config.scope, seed=seed, **rules)
+    """Cut once to the count of round ``k`` (at most what the pattern allows), or to the counts of another ticket."""
+    if like is not None:
+        return prune(model, seed=seed, **{**cutting, "scope": Ticket.load(ticket_file(like, k)).masks})
+    everything = Masks.full(prunable_weights(model, **{name: cutting[name] for name in ("stem", "head", "exclude")}))
+    room = sum(Pattern.parse(config.pattern).capacity(everything).values())
+    return prune(model, count=min(config.kept(everything.numel(), k), room), seed=seed, **cutting)
 
 
 def ticket_file(folder: Path, k: int) -> Path:
@@ -297,6 +330,7 @@ def transfer(
         "base_sha256": base_sha256,
         "stopped_by_guard": trained.stopped_by_guard,
         "history": trained.history,
+        "how": trained.how,
         "seconds": trained.seconds + time.monotonic() - started,
     }
 

@@ -117,8 +117,8 @@ def test_finder_rules() -> None:
     with pytest.raises(UsageError, match="needs a recipe"):
         FinderConfig(method="imp", rounds=3)
     assert FinderConfig(method="imp", rounds=1).recipe is None  # ticket 1 needs no training
-    with pytest.raises(UsageError, match="layerwise"):
-        FinderConfig(method="random", scope="layerwise")
+    with pytest.raises(UsageError, match="unknown find.scope 'layer'.*layerwise"):
+        FinderConfig(method="random", scope="layer")
 
 
 def test_costs_are_the_recipes_arithmetic() -> None:

@@ -1,66 +1,21 @@
 """A whole study on a tiny network: what it leaves, that it resumes, that its rows mean what they say."""
 
 import json
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from filelock import FileLock
 
+from benchmarks.soak import disturbed, leftovers
 from sparse_robust.cli import main
 from sparse_robust.files import sha256_state
 from sparse_robust.models import load_model
 from sparse_robust.pruning import prune, survivors
 from sparse_robust.tickets import Ticket
-
-MINI: dict[str, Any] = {
-    "name": "mini",
-    "model": {"name": "resnet10t", "kwargs": {"channels": [4, 6, 8, 10], "stem_width": 4}},
-    "source": {"name": "digits", "resize": 28, "fraction": 0.2, "validation": 50},
-    "pretrain": {
-        "STD": {"recipe": {"regime": "standard", "epochs": 2, "eps": 0.1, "validate_every": 0}},
-        "AT": {"recipe": {"regime": "adversarial", "epochs": 2, "eps": 0.1, "steps": 2, "validation_steps": 2}},
-    },
-    "find": {
-        "imp-st": {"method": "imp", "rounds": 3, "recipe": {"epochs": 1, "lr": 0.02, "validate_every": 0}},
-        "imp-at": {
-            "method": "imp",
-            "rounds": 2,
-            "recipe": {"regime": "adversarial", "steps": 1, "eps": 0.1, "epochs": 1, "lr": 0.02, "validate_every": 0},
-        },
-        "oneshot": {"method": "oneshot", "rounds": 2},
-        "random": {"method": "random", "rounds": 3, "like": "imp-st"},
-    },
-    "targets": {
-        "fashion": {
-            "data": {"name": "fashion-mnist-target", "fraction": 0.1, "validation": 50},
-            "rounds": {"oneshot": [], "imp-at": []},
-            "recipes": {
-                "ST": {"regime": "standard", "epochs": 2, "lr": 0.05, "eps": 0.1},
-                "AT": {"regime": "adversarial", "epochs": 2, "lr": 0.05, "eps": 0.1, "steps": 1, "validation_steps": 1},
-            },
-        }
-    },
-    "rounds": [2, 3],
-    "seeds": [0],
-    "evaluation": {"eps": 0.1, "steps": 2, "images": 60},
-    "checkpoint_seconds": 0.3,
-}
-
-
-def write_mini(folder: Path) -> Path:
-    file = folder / "mini.yaml"
-    file.write_text(yaml.safe_dump(MINI))
-    return file
+from tests.study.mini import differences, rows, write_mini
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +26,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def rows(out: Path) -> dict[str, dict[str, Any]]:
-    return {file.parent.name: json.loads(file.read_text()) for file in sorted(out.glob("cells/*/result.json"))}
-
-
 def of_kind(out: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows(out).values() if row["kind"] == kind]
-
-
-def without_timings(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_timings(item) for key, item in value.items() if key != "seconds"}
-    return [without_timings(item) for item in value] if isinstance(value, list) else value
 
 
 def test_it_leaves_everything_and_nothing_more(finished: Path) -> None:
@@ -158,12 +103,6 @@ def test_running_again_does_nothing(finished: Path, tmp_path: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in finished.glob("cells/*/*") if file.is_file()} == before
 
 
-def test_two_processes_cannot_run_one_study(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with FileLock(finished / ".lock"):
-        assert main(["study", "run", "--config", str(write_mini(tmp_path)), "--out", str(finished), "--quiet"]) == 1
-    assert "another process is running the study" in capsys.readouterr().err
-
-
 def test_a_finished_study_keeps_the_machine_its_results_come_from(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -176,41 +115,12 @@ def test_a_finished_study_keeps_the_machine_its_results_come_from(finished: Path
 
 @pytest.mark.slow
 @pytest.mark.acceptance("double-win", "A-37", "A-41")
-def test_killed_at_five_random_moments_it_ends_the_same(finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "sparse_robust",
-        "study",
-        "run",
-        "--config",
-        str(write_mini(tmp_path)),
-        "--out",
-        str(out),
-        "--quiet",
-    ]
-    moments = random.Random(0)
-    for kill in range(5):
-        there = len(list(out.glob("cells/*/*")))
-        process = subprocess.Popen(command, start_new_session=True)
-        while process.poll() is None and len(list(out.glob("cells/*/*"))) <= there:
-            time.sleep(0.02)  # every start gets to something new, and is killed soon after
-        time.sleep(moments.uniform(0.05, 0.8))
-        assert process.poll() is None, f"the study ended before kill {kill + 1}"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True)
-    assert {name: without_timings(row) for name, row in rows(out).items()} == {
-        name: without_timings(row) for name, row in rows(finished).items()
-    }
-    for ticket in finished.glob("cells/*/tickets/*.safetensors"):
-        assert (out / ticket.relative_to(finished)).read_bytes() == ticket.read_bytes()
-    mine, theirs = (json.loads((folder / "report" / "report.json").read_text()) for folder in (out, finished))
-    for report in (mine, theirs):  # how long it took is the one thing that may differ
-        del report["time"]
-        report["figures"] = [figure["name"] for figure in report["figures"]]
-    assert without_timings(mine) == without_timings(theirs)
+def test_workers_killed_at_random_moments_end_the_same(finished: Path, tmp_path: Path) -> None:
+    """The soak of `make soak`, with a few kills."""
+    out, deadline = tmp_path / "out", time.monotonic() + 600
+    soak = disturbed(write_mini(tmp_path), out, kills=4, workers=2, seed=0, deadline=deadline)
+    assert (soak.kills, soak.finished, soak.faults) == (4, True, [])
+    assert differences(out, finished) + leftovers(out) == []
 
 
 @pytest.mark.acceptance("double-win", "A-15")

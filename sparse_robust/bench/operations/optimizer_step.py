@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from sparse_robust.bench.gates import require_same
-from sparse_robust.bench.harness import Case, GateError, operation
+from sparse_robust.bench.gates import require_close, require_same
+from sparse_robust.bench.harness import Case, operation
 from sparse_robust.bench.operations.select import layers
 from sparse_robust.masks import Masks
 from sparse_robust.pruning import enforce, prune
@@ -80,10 +80,7 @@ def case(kind: str, total: int, network: nn.Module, masks: Masks) -> Case:
             require_same("weights after three steps", found, expected)
             require_same("copies", _named(copies), _named(other_copies))
             return "same weights and copies as torch.optim with masks after three steps, bit for bit"
-        for name, weight in found.items():
-            error = float((weight - expected[name]).abs().max() / expected[name].abs().max())
-            if error > TOLERANCE:
-                raise GateError(f"{name} is off by {error:.1e} of its largest weight, more than {TOLERANCE:.0e}")
+        require_close("weights after three steps", found, expected, TOLERANCE)
         return f"same weights as torch.optim with masks after three steps, within {TOLERANCE:.0e} of the largest"
 
     return Case(

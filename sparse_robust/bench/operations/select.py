@@ -80,8 +80,13 @@ def large(total: int, device: torch.device) -> Case:
     def theirs() -> list[torch.Tensor]:
         return by_torch(list(weights.values()), count)
 
+    memory: dict[str, float] = {}
+
     def gate() -> str:
         used, compared = extra_peak(ours, device), extra_peak(theirs, device)
+        memory.update(
+            {name: size for name, size in (("cut", used), ("torch.nn.utils.prune", compared)) if size is not None}
+        )
         masks = ours()
         kept = {name: masks.on(name, device).flatten() for name in weights}
         threshold = require_largest_kept(weights, kept, count)
@@ -100,6 +105,7 @@ def large(total: int, device: torch.device) -> Case:
         gate=gate,
         work=total,
         unit="weights",
+        memory=memory,
     )
 
 

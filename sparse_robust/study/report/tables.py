@@ -288,7 +288,9 @@ def _made_by(results: StudyResults) -> list[str]:
         if not isinstance(entry, Mapping):
             continue
         words = [f"{finder}: {results.method(finder)}"]
-        if entry.get("rounds") and entry.get("rate"):
+        if entry.get("sparsities"):
+            words.append(f"{listed(f'{100 * float(s):g} %' for s in entry['sparsities'])} pruned")
+        elif entry.get("rounds") and entry.get("rate"):
             words.append(
                 f"{plural(int(entry['rounds']), 'round')}, each removes {100 * float(entry['rate']):g} % of the rest"
             )

@@ -1,0 +1,64 @@
+"""``sparse-robust study``: what starts workers elsewhere, and with which arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparse_robust.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparse_robust.study.runner import Study
+
+
+def add_resources(parser: argparse.ArgumentParser) -> None:
+    """Add what `study submit` is told about the cluster."""
+    parser.add_argument("--engine", default="slurm", help="slurm (an array job) or ray (default: %(default)s)")
+    parser.add_argument("--processes", type=int, required=True, help="number of workers")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of each worker (default: 0)")
+    parser.add_argument("--cpus", type=int, help="cores of each worker")
+    parser.add_argument("--memory-gb", type=float, help="memory of each worker")
+    parser.add_argument("--minutes", type=int, default=1440, help="Slurm: time limit, then it goes on in a new job")
+    parser.add_argument("--signal-seconds", type=int, default=180, help="Slurm: so long before it, save a checkpoint")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="more for sbatch, such as partition=gpu"
+    )
+
+
+def submit(options: argparse.Namespace, study: Study) -> int:
+    """Start workers of a study on a cluster, and print the names of the jobs."""
+    from sparse_robust.study import cluster
+
+    given = {name: getattr(options, name) for name in ("processes", "gpus", "cpus", "memory_gb", "minutes")}
+    extra = dict(_pair(text) for text in options.option)
+    resources = cluster.Resources(**given, signal_seconds=options.signal_seconds, extra=extra)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    for job in cluster.submit(options.engine, worker_arguments(options, study), study.folder.resolve(), resources):
+        sys.stdout.write(f"{job}\n")
+    sys.stdout.write(f"sparse-robust study status --out {study.folder}\n")
+    return 0
+
+
+def worker_arguments(options: argparse.Namespace, study: Study) -> list[str]:
+    """Return the arguments of `study run` for workers that are started together, with the paths spelled out."""
+    config = str(Path(options.config).resolve()) if Path(options.config).exists() else options.config
+    arguments = ["study", "run", "--config", config, "--out", str(study.folder.resolve())]
+    for name in ("tracker", "mixed_precision", "compile", "idle_minutes", "predicate", "tolerance", "baseline"):
+        if getattr(options, name) is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    for name in ("trust_pickle", "quiet", "no_report"):
+        if getattr(options, name):
+            arguments.append(f"--{name.replace('_', '-')}")
+    run = options.run_name or f"{os.getpid()}-{time.time_ns()}"
+    return [*arguments, *options.overrides, "--run-name", run]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise UsageError(f"--option takes NAME=VALUE, such as partition=gpu, got {text!r}.")
+    return name, value
