@@ -1,30 +1,64 @@
 #!/usr/bin/env bash
-# Every gpu test and benchmark, on a bare CUDA machine, in under 10 minutes: no network, no installation, the package run
-# from this checkout. Wants Python >= 3.11 with torch, triton and timm; what else is missing it names and goes on without.
+# Every gpu test, kernel and training step on a bare CUDA machine, in under 10 minutes: no network, no installation, the
+# package run from this checkout. Wants Python >= 3.11 with torch, triton and timm; what else is missing it names and goes on
+# without. Each section has a limit of its own, and none stops those after it.
 #
 #   bash benchmarks/gpu.sh                   PYTHON=python3.12 OUT=/some/folder bash benchmarks/gpu.sh
 #
-# Adds to records.csv in $OUT (default: benchmarks/results) and leaves gpu-tests.log and gpu-bench.log there. Ends with a short
-# table; the exit status is 1 if a test or a gate failed, 2 if there is no CUDA device.
+# Adds to records.csv in $OUT (default: benchmarks/results) and leaves a log of each section there. Ends with the claims, each
+# "holds", "FAILS" or "not measured", and one line of exit statuses. The exit status is 1 if a section or a claim failed, 2 if
+# there is no CUDA device. DEVICE=cpu SCALE=quick rehearses all of it in a minute where there is none.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
+DEVICE=${DEVICE:-cuda}
+SCALE=${SCALE:-full}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 has() { "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-if ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     echo "gpu.sh: $PYTHON has no torch that sees a CUDA device here; nothing was run" >&2
     exit 2
 fi
 mkdir -p "$OUT" || exit 2
+SINCE=$(date -u +%Y-%m-%dT%H:%M:%S)
+statuses="" failed=0
+
+# section NAME LIMIT COMMAND...: run it with a limit in seconds, into a log; say what came of it, and go on.
+section() {
+    local name=$1 limit=$2 began=$SECONDS status
+    shift 2
+    echo "== $name"
+    timeout -k 5 "$limit" "$@" >"$OUT/gpu-$name.log" 2>&1
+    status=$?
+    [ "$status" -ne 124 ] || echo "gpu.sh: $name was stopped after $limit s" | tee -a "$OUT/gpu-$name.log"
+    [ "$status" -eq 0 ] || { failed=1; tail -n 25 "$OUT/gpu-$name.log"; }
+    statuses+="$name $status ($((SECONDS - began)) s), "
+}
+left_out() {
+    echo "== $1: not run, $2"
+    statuses+="$1 not run, "
+}
+bench() { # bench NAME LIMIT OPERATION...: time operations
+    local name=$1 limit=$2
+    shift 2
+    if has rich && has timm; then
+        section "$name" "$limit" "$PYTHON" benchmarks/run.py --device "$DEVICE" --scale "$SCALE" --out "$OUT/records.csv" --only "$@"
+    else
+        left_out "$name" "it needs rich and timm"
+    fi
+}
+
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu --format=csv,noheader 2>/dev/null || true
+"$PYTHON" -c 'import sys
+from sparse_robust.bench import machine, machine_line
+print(machine_line(machine(sys.argv[1])))' "$DEVICE" 2>/dev/null || true
 for module in pytest hypothesis rich timm accelerate jsonargparse datasets; do
     has "$module" || echo "gpu.sh: no $module here; what needs it is left out"
 done
 
-tests="not run"
 if has pytest; then
     # Only the files that hold gpu tests: others may import what is not here.
     mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu\b' tests)
@@ -36,20 +70,29 @@ if has pytest; then
             ready+=("$file")
         fi
     done
-    if [ "${#ready[@]}" -gt 0 ]; then
-        timeout 240 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider "${ready[@]}" 2>&1 | tee "$OUT/gpu-tests.log"
-        tests=${PIPESTATUS[0]}
-    fi
+    section tests 120 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider "${ready[@]}"
+else
+    left_out tests "it needs pytest"
 fi
 
-bench="not run"
-if has rich && has timm; then
-    timeout 300 "$PYTHON" benchmarks/run.py --device cuda --out "$OUT/records.csv" >"$OUT/gpu-bench.log" 2>&1
-    bench=$?
-    [ "$bench" -eq 0 ] || cat "$OUT/gpu-bench.log"
+# Ceilings first: what follows is held against them. Then training, which most depends on the machine; then the kernels.
+bench ceilings 30 ceilings
+bench training 125 robust-step
+bench kernels 80 pgd-step
+bench masks 60 masks
+bench layers 75 select optimizer-step masked-step
+
+# The gates alone, on small odd shapes, under the memory checker.
+if command -v compute-sanitizer >/dev/null && has rich && has timm; then
+    section sanitizer 70 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" benchmarks/run.py \
+        --device cuda --scale quick --samples 0 --out "$OUT/records.csv" --only pgd-step masks optimizer-step
+else
+    left_out sanitizer "there is no compute-sanitizer"
 fi
 
 echo
-[ "$bench" = "not run" ] || "$PYTHON" benchmarks/run.py --show --out "$OUT/records.csv"
-echo "gpu tests: $tests; benchmarks: $bench (0: all passed)"
-[[ "$tests" = 0 || "$tests" = "not run" ]] && [[ "$bench" = 0 || "$bench" = "not run" ]]
+if [ -e "$OUT/records.csv" ]; then
+    "$PYTHON" benchmarks/run.py --device "$DEVICE" --show --claims --since "$SINCE" --out "$OUT/records.csv" || failed=1
+fi
+echo "${statuses%, } (0: all passed; 124: out of time)"
+exit "$failed"

@@ -1,5 +1,9 @@
 """Time operations and append the record: python benchmarks/run.py [--only NAME ...] [--device cuda] [--out FILE].
 
+    --claims        time what the project's claims rest on, then say which hold
+    --base REF      time our routes against those of another git revision, in turn
+    --plot FOLDER   draw the record; --show: the last run of it as a table; --show --claims: what it says of the claims
+
 Needs torch, timm and rich alone, so that it runs where the package is not installed:
 PYTHONPATH=.:kernels python benchmarks/run.py
 """
@@ -23,18 +27,22 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help=f"of: {', '.join(bench.OPERATIONS)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--scale", default="full", choices=bench.SCALES, help="default: %(default)s")
-    parser.add_argument("--samples", type=int, default=12, help="rounds of timing; default: %(default)s")
+    parser.add_argument(
+        "--samples", type=int, default=12, help="rounds of timing, 0: gates alone; default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=RECORD, help="the record to add to; default: %(default)s")
     parser.add_argument("--show", action="store_true", help="show the last run in the record, and time nothing")
+    parser.add_argument("--claims", action="store_true", help="run what the claims rest on, and say which of them hold")
+    parser.add_argument("--since", default="", metavar="TIME", help="with --show: only runs from this time on, UTC")
+    parser.add_argument("--base", metavar="REF", help="compare with this git revision; adds nothing to the record")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the record into this folder; times nothing")
     given = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
-        if given.show:
-            console.print(bench.table(bench.last_run(bench.read(given.out))))
-            return 0
         return bench.command(
-            given.only, csv=given.out, device=given.device, scale=given.scale, samples=given.samples, console=console
-        )
+            given.only, csv=given.out, device=given.device, scale=given.scale, samples=given.samples, base=given.base,
+            claims=given.claims, plot=given.plot, show=given.show, since=given.since, console=console,
+        )  # fmt: skip
     except SparseRobustError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2

@@ -18,6 +18,7 @@ from sparse_robust.bench.gates import require_finite, require_same
 from sparse_robust.bench.harness import time_routes
 from sparse_robust.bench.records import COLUMNS, duration
 from sparse_robust.errors import FileError, UsageError
+from sparse_robust_kernels._dispatch import operations
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,21 +51,21 @@ def one_case(gate: Callable[[], str], **routes: Callable[[], object]) -> dict[st
 def test_routes_run_in_turn_after_two_unmeasured_calls() -> None:
     clock = Clock()
     routes = {"a": clock.route("a", 1.0), "b": clock.route("b", 2.0)}
-    timed = time_routes(routes, samples=3, sample_seconds=0.5, clock=clock)
+    timed = time_routes(routes, samples=3, sample_seconds=0.5, clock=clock, cpu_clock=lambda: clock() / 4)
     assert "".join(clock.order) == "aabb" + "ab" * 3
-    assert timed == {"a": (1, [1.0] * 3), "b": (1, [2.0] * 3)}
+    assert timed == {"a": (1, [1.0] * 3, [0.25] * 3), "b": (1, [2.0] * 3, [0.5] * 3)}
 
 
 def test_a_sample_of_a_short_call_is_many_calls() -> None:
     clock = Clock()
     timed = time_routes({"a": clock.route("a", 0.25)}, samples=4, sample_seconds=1.0, clock=clock)
-    assert timed["a"] == (4, [0.25] * 4)
+    assert timed["a"][:2] == (4, [0.25] * 4)
 
 
 def test_time_is_bounded_but_three_samples_are_taken() -> None:
     clock = Clock()
     timed = time_routes({"a": clock.route("a", 100.0)}, samples=50, budget_seconds=10, clock=clock)
-    assert len(timed["a"][1]) == 3
+    assert len(timed["a"].wall) == 3
 
 
 def test_the_device_is_waited_for_before_and_after_a_sample() -> None:
@@ -84,6 +85,39 @@ def test_nothing_is_timed_when_the_gate_fails() -> None:
 
     (outcome,) = bench.run(registry=one_case(gate, a=never))
     assert outcome == bench.Outcome("op", "5 things", failure="a differs from b")
+
+
+def test_with_no_samples_gates_are_all_that_runs() -> None:
+    (outcome,) = bench.run(registry=one_case(lambda: "same", a=lambda: pytest.fail("was called")), samples=0)
+    assert outcome == bench.Outcome("op", "5 things", shown="same")
+
+
+def test_an_error_ends_the_run_or_is_the_outcome_of_its_case(tmp_path: Path) -> None:
+    def cases(device: torch.device, scale: str) -> Iterator[bench.Case]:
+        for name, divisor in (("one", 0), ("two", 1)):
+            yield bench.Case(name, {"a": lambda: None}, lambda divisor=divisor: str(1 / divisor), 5, "things")
+        raise RuntimeError("no more")
+
+    registry = {"op": bench.Operation("op", "an operation", cases)}
+    with pytest.raises(ZeroDivisionError):
+        list(bench.run(registry=registry, samples=3, out=tmp_path / "a.csv"))
+    one, two, rest = bench.run(registry=registry, samples=3, out=tmp_path / "b.csv", keep_going=True)
+    assert one.failure == "ZeroDivisionError: division by zero" and not one.records
+    assert two.shown == "1.0" and bench.read(tmp_path / "b.csv") == list(two.records)
+    assert (one.case, two.case, rest.case) == ("one", "two", "its cases")
+    assert rest.failure == "RuntimeError: no more"
+
+
+def test_files_of_fewer_columns_are_read_and_keep_theirs(tmp_path: Path) -> None:
+    out, now = tmp_path / "old.csv", tmp_path / "new.csv"
+    registry = one_case(lambda: "same", a=lambda: None)
+    (outcome,) = bench.run(registry=registry, samples=3, out=now)
+    assert outcome.records[0].cpu_s is not None and outcome.records[0].memory_bytes is None
+    old = COLUMNS[: COLUMNS.index("cpu_s")]
+    out.write_text(",".join(old) + "\n")
+    list(bench.run(registry=registry, samples=3, out=out))
+    (record,) = bench.read(out)
+    assert out.read_text().splitlines()[0] == ",".join(old) and record.cpu_s is None and record.median_s > 0
 
 
 def test_an_error_that_is_no_gate_error_is_not_swallowed() -> None:
@@ -145,7 +179,7 @@ def test_unreadable_records_are_named(tmp_path: Path) -> None:
     [
         ({"names": ["slect"]}, "Did you mean 'select'"),
         ({"scale": "ful"}, "Did you mean 'full'"),
-        ({"samples": 0}, "at least one sample"),
+        ({"samples": -1}, "samples must be 0"),
     ],
 )
 def test_nonsense_is_refused_before_anything_runs(arguments: dict[str, object], message: str) -> None:
@@ -203,20 +237,45 @@ def test_gates_name_what_differs() -> None:
         require_finite("the loss", torch.tensor(math.nan))
 
 
+OPERATIONS = [
+    "ceilings", "mask-storage", "masked-step", "masks", "optimizer-step", "pgd", "pgd-step", "robust-step", "select",
+    "training-step",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("name", ["masked-step", "optimizer-step", "pgd", "select", "training-step"])
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_gates_of_the_operations_hold(name: str, device: str) -> None:
     """Parity: what we time does the same as the independent implementation it is timed against."""
     cases = list(bench.OPERATIONS[name].cases(torch.device(device), "quick"))
-    assert cases
+    assert cases or (name, device) == ("mask-storage", "cuda")
     for case in cases:
         assert case.gate()
         for route in case.routes.values():
             route()
+        assert all(size >= 0 for size in case.memory.values()) and set(case.memory) <= set(case.routes)
 
 
 def test_every_operation_has_its_gate_tested() -> None:
-    assert set(bench.OPERATIONS) == {"masked-step", "optimizer-step", "pgd", "select", "training-step"}
+    assert sorted(bench.OPERATIONS) == OPERATIONS
+
+
+def test_every_operation_of_the_kernels_is_timed() -> None:
+    """A kernel by itself, and those that only work together by the operation that calls them all."""
+    together = {"select": "select", "optim": "optimizer-step"}
+    cpu = torch.device("cpu")
+    timed = {
+        case.name.split(",")[0] for op in ("pgd-step", "masks") for case in bench.OPERATIONS[op].cases(cpu, "quick")
+    }
+    left = {name for name in operations() if together.get(name.split(".")[0]) not in bench.OPERATIONS} - timed
+    assert not left and timed <= set(operations())
+
+
+def test_benchmarks_need_no_data_sets() -> None:
+    """A bare GPU machine has torch, triton and timm."""
+    missing = ("datasets", "jsonargparse", "hypothesis", "tensorboard")
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import sparse_robust.bench, sparse_robust.cli"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_run_py_shows_the_last_run(tmp_path: Path) -> None:
