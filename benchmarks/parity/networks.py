@@ -133,7 +133,7 @@ NETWORKS: dict[str, Network] = {
             train_eps=0.1,
             epochs=30,
             lr=4e-3,
-            eps={"Linf": 0.1, "L2": 1.0, "L1": 2.0},
+            eps={"Linf": 0.1, "L2": 0.35, "L1": 0.7},
             half_eps=0.13,
         ),
         Network(
