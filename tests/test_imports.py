@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pruning", "models", "data", "objectives"),
     ("training", "tickets", "evaluation"),
     ("study", "bench"),
-    ("cli",),
+    ("cli", "cli_study", "cli_ticket"),
     ("__init__", "__main__"),
 )
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}

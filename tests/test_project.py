@@ -58,7 +58,7 @@ def test_the_version_stands_in_one_place() -> None:
 
 
 def test_the_promised_extras_exist() -> None:
-    assert set(EXTRAS) == {"deepspeed", "slurm", "export", "track", "bench", "dev"}
+    assert set(EXTRAS) == {"deepspeed", "slurm", "ray", "export", "track", "bench", "dev"}
     assert PROJECT["project"]["requires-python"] == ">=3.11"
     assert PROJECT["project"]["scripts"] == {"sparse-robust": "sparse_robust.cli:main"}
 
@@ -95,7 +95,7 @@ def test_what_the_library_imports_is_declared() -> None:
 def test_what_the_tests_import_is_declared() -> None:
     declared = {canonicalize_name(one.name) for one in [*DEPENDENCIES, *EXTRAS["dev"]]}
     helpers = {canonicalize_name(path.stem) for path in (ROOT / "tests").rglob("*.py")} | {"tests"}
-    brought = {"packaging", "triton"}  # by pytest; by torch, where there is one
+    brought = {"packaging", "triton", "deepspeed"}  # by pytest; by torch, where there is one; by make test-distributed
     assert third_party(ROOT / "tests") - declared - helpers - brought == set()
 
 
@@ -254,33 +254,72 @@ def gpu_machine(folder: Path, *, missing: str, tests: int, gates: int) -> subpro
 
 @pytest.mark.parametrize(("tests", "gates"), [(0, 0), (1, 0), (0, 1)])
 def test_gpu_script_runs_all_and_ends_with_the_table(tmp_path: Path, tests: int, gates: int) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "records.csv").touch()  # which the benchmarks would have made
     done = gpu_machine(tmp_path, missing="jsonargparse", tests=tests, gates=gates)
     assert done.returncode == (1 if tests or gates else 0)
     assert "no jsonargparse here" in done.stdout
-    assert done.stdout.rstrip().splitlines()[-2:] == [
-        "THE TABLE",
-        f"gpu tests: {tests}; benchmarks: {gates} (0: all passed)",
-    ]
-    assert ("what went wrong" in done.stdout) == bool(gates)
+    said, statuses = done.stdout.rstrip().splitlines()[-2:]
+    assert said == "THE TABLE"
+    timed = ("ceilings", "training", "kernels", "masks", "layers")
+    for name, status in (("tests", tests), *((name, gates) for name in timed)):
+        assert re.search(rf"\b{name} {status} \(\d+ s\)", statuses), statuses
+    assert ("what went wrong" in done.stdout) == bool(gates), "a section that failed shows the end of its log"
+    assert {path.name for path in (tmp_path / "out").glob("*.log")} == {f"gpu-{name}.log" for name in ("tests", *timed)}
+
+
+def test_gpu_script_times_every_operation_of_the_kernels_and_the_claims(tmp_path: Path) -> None:
+    from sparse_robust.bench import CLAIMS
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "records.csv").touch()
+    gpu_machine(tmp_path, missing="jsonargparse", tests=0, gates=0)
     commands = (tmp_path / "log").read_text()
     assert re.search(r"^-m pytest -m gpu .*\btests/test_bench\.py", commands, re.M)
-    assert f"benchmarks/run.py --device cuda --out {tmp_path}/out/records.csv" in commands
+    timed = re.findall(
+        r"^benchmarks/run\.py --device cuda --scale full --out \S+/out/records\.csv --only (.*)$", commands, re.M
+    )
+    named = {name for names in timed for name in names.split()}
+    claimed = {name for claim in CLAIMS if claim.device == "cuda" for name in claim.operations}
+    assert named >= claimed | {"select", "optimizer-step", "pgd-step", "masks"}
+    assert re.search(r"^benchmarks/run\.py --device cuda --show --claims --since 20\S+ --out", commands, re.M)
     assert f"{ROOT}:{ROOT}/kernels" in (tmp_path / "path").read_text()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu-tests.log", "gpu-bench.log"}
 
 
-@pytest.mark.parametrize(("missing", "left_out"), [("pytest", "gpu tests: not run"), ("rich", "benchmarks: not run")])
+@pytest.mark.parametrize(
+    ("missing", "left_out"),
+    [("pytest", "tests: not run, it needs pytest"), ("rich", "kernels: not run, it needs rich")],
+)
 def test_gpu_script_goes_on_without_what_is_missing(tmp_path: Path, missing: str, left_out: str) -> None:
     done = gpu_machine(tmp_path, missing=missing, tests=0, gates=0)
     assert done.returncode == 0
     assert f"no {missing} here" in done.stdout and left_out in done.stdout
+    assert "layers" in done.stdout, "what comes after is there"
 
 
 def test_gpu_script_needs_no_network_and_under_ten_minutes() -> None:
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
     assert not re.search(r"\b(pip|apt-get|curl|wget)\b", text)
-    limits = [int(number) for number in re.findall(r"\btimeout (\d+)", text)]
-    assert len(limits) == 2 and sum(limits) < 600
+    limits = [int(number) for number in re.findall(r"^ *(?:section|bench) [a-z]+ (\d+) ", text, re.M)]
+    assert len(limits) == 7 and sum(limits) < 570, "the rest is for starting and killing"
+    assert 'timeout -k 5 "$limit"' in text and not re.search(r"\btimeout \d", text)
+
+
+def test_a_gpu_section_is_stopped_in_time_and_the_next_one_runs(tmp_path: Path) -> None:
+    """The script with short limits, whose every benchmark hangs."""
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text()
+    short = re.sub(r"^( *(?:section|bench) [a-z]+) \d+ ", r"\1 0.2 ", text, flags=re.M).replace(
+        'cd "$(dirname "$0")/.."', f'cd "{ROOT}"'
+    )
+    script, python = tmp_path / "gpu.sh", tmp_path / "python"
+    script.write_text(short)
+    python.write_text('#!/bin/sh\ncase "$*" in benchmarks/run.py*|"-m pytest"*) exec sleep 60 ;; esac\n')
+    python.chmod(0o755)
+    done = run("bash", script, PYTHON=str(python), OUT=str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stdout.count("was stopped after") >= 6
+    statuses = done.stdout.rstrip().splitlines()[-1]
+    assert all(f"{name} 124" in statuses for name in ("tests", "ceilings", "training", "kernels", "masks", "layers"))
 
 
 def test_written_paths_and_make_targets_exist() -> None:
