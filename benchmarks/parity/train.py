@@ -1,4 +1,4 @@
-"""Train the networks: python -m benchmarks.parity.train [NAME ...]. About twenty minutes on one core.
+"""Train the networks: python -m benchmarks.parity.train [NAME ...]. About a quarter of an hour on one core.
 
 The loop and its attack are written out here, so that the networks do not depend on the code they serve to examine.
 """

@@ -21,11 +21,11 @@ from sparse_robust.evaluation.console import EvaluationProgress
 from sparse_robust.evaluation.corruptions import corruption_accuracy
 from sparse_robust.evaluation.record import make_record, robust_at, write_record
 from sparse_robust.evaluation.transfer import transfer_matrix
-from sparse_robust.masks import Masks, prunable_weights
+from sparse_robust.masks import Masks
 from sparse_robust.models import check_input_size, load_model, spec_of
 from sparse_robust.study.config import EvaluationConfig
 from sparse_robust.study.context import Context
-from sparse_robust.tickets import Ticket
+from sparse_robust.tickets import Ticket, zero_masks
 
 VERDICTS, RECORD = "verdicts.csv", "record.json"
 ALARM_IMAGES = 200
@@ -148,9 +148,7 @@ class EvaluateRun:
     def _masks(self, model: nn.Module) -> Masks | None:
         if self.ticket is not None:
             return Ticket.load(Path(self.ticket)).masks
-        kept = {name: weight != 0 for name, weight in prunable_weights(model).items()}
-        masks = Masks.from_bools({name: keep.cpu() for name, keep in kept.items()})
-        return masks if masks.sparsity > 0 else None
+        return zero_masks(model)
 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:

@@ -82,6 +82,8 @@ def import_checkpoint(
     masks = report.masks
     if masks is None and zeros:
         masks = zero_masks(model)
+        if masks is None:
+            raise UsageError(f"no prunable weight in {path} is exactly zero: this network is dense.")
         provenance["masks"] = "weights that are exactly zero"
     ticket = None if masks is None else Ticket.of(model, masks, provenance)
     return Imported(model, report, ticket, provenance)
@@ -91,17 +93,11 @@ MAX_CLASSES = 1 << 20
 """Of a head that is made for a file, because the file has one of that size."""
 
 
-def zero_masks(model: nn.Module) -> Masks:
-    """Return masks of the prunable weights that keep all but those that are exactly zero.
-
-    Raises:
-        UsageError: if there is no such weight.
-    """
+def zero_masks(model: nn.Module) -> Masks | None:
+    """Return masks of the prunable weights that keep all but those that are exactly zero; None for a dense network."""
     weights = prunable_weights(model)
     masks = Masks.from_bools({name: (weight.detach() != 0).cpu() for name, weight in weights.items()})
-    if masks.count() == masks.numel():
-        raise UsageError(f"none of the {masks.numel()} prunable weights is exactly zero: this network is dense.")
-    return masks
+    return masks if masks.count() < masks.numel() else None
 
 
 def _architecture(state: Mapping[str, Any], path: Path) -> str:
