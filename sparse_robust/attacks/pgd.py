@@ -14,6 +14,7 @@ from sparse_robust.attacks.budget import Budget, parse_eps
 from sparse_robust.attacks.context import MODES, Model, attack_context
 from sparse_robust.attacks.inputs import check_labels, prepare, recording
 from sparse_robust.attacks.losses import LOSSES, kl
+from sparse_robust.attacks.normalized import climb_normalized
 from sparse_robust.attacks.norms import NORMS
 from sparse_robust.attacks.passes import differentiate, full_precision
 from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, per_row
@@ -186,6 +187,7 @@ class Ascent:
         self.still = attack.steps == 0
         self.step_size = attack.resolve_step_size(budget.eps)
         self.key: int | Tensor = derive_seed(int(attack.seed), "pgd")
+        self.along_signs = budget.norm == "Linf" and not attack.momentum
 
     def start(self, task: Task, run: Tensor) -> Rows:
         """Return x, or a random point of the ball, exactly inside."""
@@ -244,6 +246,10 @@ def climb(procedure: Ascent, model: Model, task: Task, *, check: bool) -> Tensor
     def look(images: Tensor) -> Tensor:
         return full_precision(model(images))
 
+    if isinstance(model, Replica) and procedure.along_signs:
+        normalization = model.normalization
+        if normalization is not None and normalization.fits(task.x):
+            return climb_normalized(procedure, model, normalization, task, rows["shown"], losses)
     for _ in range(procedure.attack.steps):
         rows, _ = procedure.advance(task, rows, differentiate(model, rows["shown"], losses), look)
     return rows["shown"]

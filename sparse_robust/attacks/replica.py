@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from sparse_robust.attacks.capture import Graphs
 from sparse_robust.attacks.context import Model, attack_context
 from sparse_robust.attacks.inputs import check_logits, recording
+from sparse_robust.attacks.normalized import find_normalization
 from sparse_robust.attacks.stem import quicken
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.masks import unwrap
@@ -71,6 +72,7 @@ class Replica:
         channels_last: whether images [n, C, H, W] are laid out with channels last.
         mode: what batch norm does: ``eval`` or ``train_frozen``, see `MODES`.
         graphs: the attacks captured on it; None where it does not capture.
+        normalization: what the copy does to images first, where sign steps can do it on the way; see `normalized`.
     """
 
     def __init__(
@@ -89,16 +91,32 @@ class Replica:
         self.model, self.module, self.folded, self.reason = model, module, folded, reason
         self.precision, self.channels_last = precision, channels_last
         self._compute = model if module is None else module
+        self.normalization = find_normalization(module) if module is not None and channels_last else None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return logits [n, classes] of images [n, ...]; differentiable with respect to the images."""
         if self.channels_last and images.dim() == 4:
             images = _ChannelsLast.apply(images)
+        return self._in_precision(self._compute, images)
+
+    def feed(self, images: Tensor) -> Tensor:
+        """Return what `compute` takes: images [n, C, H, W] after `normalization`, in the precision of the copy."""
+        assert self.normalization is not None
+        mean, std = (values.view(-1, 1, 1) for values in self.normalization)
+        dtype = images.dtype if self.precision == "fp32" else torch.bfloat16
+        return ((images - mean) / std).to(dtype, memory_format=torch.channels_last)
+
+    def compute(self, fed: Tensor) -> Tensor:
+        """Return logits of what `feed` returned, differentiable with respect to it."""
+        assert self.module is not None
+        return self._in_precision(self.module.forward, fed)
+
+    def _in_precision(self, function: Model, images: Tensor) -> Tensor:
         if self.precision == "fp32":
-            return self._compute(images)
+            return function(images)
         # Nothing to cache: weights are cast already. In a captured graph a cache would outlive its memory.
         with torch.autocast(images.device.type, dtype=torch.bfloat16, cache_enabled=False):
-            logits = self._compute(images)
+            logits = function(images)
         return logits.float()
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
+from sparse_robust.attacks.normalized import normalize_input
 from sparse_robust.errors import UsageError
 from sparse_robust.masks import unwrap
 from sparse_robust.models.spec import find_spec
@@ -39,7 +39,7 @@ def set_normalization(model: nn.Module, mean: Sequence[float], std: Sequence[flo
         if len(values) not in (1, channels):
             raise UsageError(f"{name} has {len(values)} values, but the model takes {channels} channels.")
     if get_normalization(model) is None:
-        model.register_forward_pre_hook(_normalize)
+        model.register_forward_pre_hook(normalize_input)
     for name, values in (("input_mean", mean), ("input_std", std)):
         buffer = torch.tensor(values * (channels // len(values)), device=parameter.device, dtype=parameter.dtype)
         model.register_buffer(name, buffer.view(1, channels, 1, 1), persistent=False)
@@ -62,14 +62,6 @@ def default_normalization(model: nn.Module, in_chans: int) -> tuple[tuple[float,
     record = getattr(model, "pretrained_cfg", None) or {}
     mean, std = tuple(record.get("mean") or (0.5,)), tuple(record.get("std") or (0.5,))
     return _fit(mean, in_chans), _fit(std, in_chans)
-
-
-def _normalize(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    images, *others = args
-    channels = module.input_mean.shape[1]
-    if images.shape[1] != channels:  # broadcasting would otherwise turn grey images into colour ones unasked
-        raise UsageError(f"the model takes {channels}-channel images [n, {channels}, H, W], got {list(images.shape)}.")
-    return ((images - module.input_mean) / module.input_std, *others)
 
 
 def _checked(name: str, values: Sequence[float]) -> tuple[float, ...]:

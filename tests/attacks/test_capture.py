@@ -17,6 +17,7 @@ from sparse_robust.attacks import FGSM, PGD
 from sparse_robust.attacks.capture import MOST, Graphs
 from sparse_robust.attacks.replica import Replica, make_replica
 from sparse_robust.errors import UsageError
+from sparse_robust.objectives.crafting import NFGSM, NearPGD
 
 
 class Recorder:
@@ -61,6 +62,8 @@ ATTACK = PGD(steps=3, step_size="2/255")
         PGD(norm="L1", steps=2, momentum=0.9),
         PGD(steps=2, loss="kl"),
         PGD(steps=0),
+        NFGSM(),
+        NearPGD(steps=2, loss="kl"),
     ],
     ids=lambda attack: f"{attack.name}-{attack.norm}-{attack.loss}",
 )
