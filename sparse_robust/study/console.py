@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -15,19 +15,21 @@ from sparse_robust.data import DataSpec, load_data
 from sparse_robust.errors import SparseRobustError
 from sparse_robust.evaluation import read_evaluation
 from sparse_robust.evaluation.console import curve_table, evaluation_table
+from sparse_robust.models import ModelSpec
 from sparse_robust.study.activity import Activity, activity
 from sparse_robust.study.cells import Cell, FindCell, cell_name
 from sparse_robust.study.config import StudyConfig
-from sparse_robust.study.estimate import Cost, cell_cost
+from sparse_robust.study.estimate import Cost, cell_cost, pass_flops
 from sparse_robust.study.evaluation_run import VERDICTS
 from sparse_robust.study.load import build, to_plain
+from sparse_robust.study.report.words import duration
 from sparse_robust.study.results import load_results
 from sparse_robust.study.runner import Study
 
-ASSUMED_RATE = 2500
-"""Images a second. Planning figure for ResNet-50 at 224 x 224 on one H100-class GPU in mixed precision: an
-assumption, not a
-measurement."""
+GPU_RATE, CORE_RATE = 6e13, 1e11
+"""Floating-point operations a second to plan with. Of an H100-class GPU in mixed precision: 2,500 images/s of a
+ResNet-50 at 224 x 224, forward and backward; an assumption. Of one core of an AMD EPYC: what the presets for small
+networks came to, images that left early counted in."""
 
 LISTED = 400
 
@@ -58,29 +60,31 @@ def dry_run(study: Study, console: Console | None = None) -> None:
         "evaluation passes",
         title="work, in forward+backward passes of an image",
     )
-    sizes: dict[DataSpec, tuple[int, int, int] | None] = {}
-    total, unknown = Cost(0, 0), set[str]()
+    known: dict[DataSpec, _Sizes | None] = {}
+    total, flops, unknown = Cost(0, 0), 0, set[str]()
     for kind in ("pretrain", "find", "transfer"):
         cells = [cell for cell in study.cells if cell.kind == kind]
         train = evaluation = 0
         for cell in cells:
-            split = _split_sizes(_data_of(cell), sizes)
-            if split is None:
+            sizes = _sizes(_data_of(cell), study.config.model, known)
+            if sizes is None:
                 unknown.add(_data_of(cell).name)
             else:
-                cost = cell_cost(cell, *split)
+                cost = cell_cost(cell, *sizes.split)
                 train, evaluation = train + cost.train, evaluation + cost.evaluation
+                flops += cost.passes * sizes.flops
         total = Cost(total.train + train, total.evaluation + evaluation)
         todo = sum(cell_name(cell) in pending for cell in cells)
         table.add_row(kind, str(len(cells)), str(todo), f"{train / 1e6:,.2f} M", f"{evaluation / 1e6:,.2f} M")
     console.print(table)
     if unknown:
         console.print(f"not counted, because the data is not here: {', '.join(sorted(unknown))}", highlight=False)
-    hours = total.passes / ASSUMED_RATE / 3600
+    if not total.passes:
+        return
     console.print(
-        f"{total.passes / 1e6:,.1f} M passes at the most (attacks spare images that are fooled already): "
-        f"{hours:,.1f} hours "
-        f"at {ASSUMED_RATE} images/s, which is what one might plan with for a ResNet-50 at 224 x 224 on one GPU.",
+        f"{total.passes / 1e6:,.1f} M passes at the most (attacks spare images that are fooled already), "
+        f"{flops / 1e12:,.0f} TFLOP: {duration(flops / CORE_RATE)} of a CPU core, or {duration(flops / GPU_RATE)} of a "
+        f"GPU that computes {GPU_RATE / 1e12:.0f} TFLOP/s, which one might plan with for a ResNet-50 at 224 x 224.",
         highlight=False,
     )
 
@@ -178,11 +182,18 @@ def _data_of(cell: Cell) -> DataSpec:
     return cell.data
 
 
-def _split_sizes(spec: DataSpec, known: dict[DataSpec, tuple[int, int, int] | None]) -> tuple[int, int, int] | None:
+class _Sizes(NamedTuple):
+    split: tuple[int, int, int]
+    flops: int
+
+
+def _sizes(spec: DataSpec, model: ModelSpec, known: dict[DataSpec, _Sizes | None]) -> _Sizes | None:
+    """Return the sizes of a data set's splits, and what a pass of one image costs; None where it is not here."""
     if spec not in known:
         try:
             data = load_data(spec)
-            known[spec] = (len(data.train), len(data.validation), len(data.test))
+            flops = pass_flops(model, (data.in_chans, *data.size))
+            known[spec] = _Sizes((len(data.train), len(data.validation), len(data.test)), flops)
         except (SparseRobustError, OSError, ImportError):
             known[spec] = None
     return known[spec]

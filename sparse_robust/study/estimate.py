@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_robust.models import ModelSpec, build_model
 from sparse_robust.objectives import REGIMES
@@ -44,7 +46,8 @@ def training_cost(recipe: Recipe, images: int, validation: int) -> Cost:
 
 def cell_cost(cell: Cell, train: int, validation: int, test: int) -> Cost:
     """Return the cost of a cell, given the sizes of its data set's splits."""
-    evaluation = (cell_evaluation(cell) + 1) * test
+    limit = None if isinstance(cell, FindCell) else cell.evaluation.images
+    evaluation = (cell_evaluation(cell) + 1) * min(test, limit or test)
     if isinstance(cell, FindCell):
         if not cell.config.trains or cell.config.recipe is None:
             return Cost(0, 0)
@@ -56,7 +59,7 @@ def cell_cost(cell: Cell, train: int, validation: int, test: int) -> Cost:
     if recipe is None:
         return Cost(0, evaluation)
     one = training_cost(recipe, train, validation)
-    reported = 2 if isinstance(cell, TransferCell) else 1
+    reported = 2 if isinstance(cell, TransferCell) and recipe.validate_every else 1  # the best weights and the last
     return Cost(one.train, one.evaluation + reported * evaluation)
 
 
@@ -65,6 +68,18 @@ def cell_evaluation(cell: Cell) -> int:
     if isinstance(cell, FindCell):
         return 0
     return round(sum(attack.passes(10) for attack in cell.evaluation.build()) / 3)
+
+
+def pass_flops(model: ModelSpec, image: Sequence[int]) -> int:
+    """Return the floating-point operations of a forward and a backward pass of one image [C, H, W].
+
+    A product and its sum are two; a backward pass counts as two forward ones.
+    """
+    with torch.device("meta"):
+        network = build_model(replace(model, in_chans=image[0])).eval()
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, *image))
+    return 3 * int(counter.get_total_flops())
 
 
 def parameter_count(config: StudyConfig) -> int:

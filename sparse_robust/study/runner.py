@@ -157,8 +157,10 @@ class Study:
             rest.unlink(missing_ok=True)
 
     def _disk_bytes(self) -> int:
+        # A run in progress has up to three checkpoints, the third being written, of at most five copies of the weights:
+        # present, best, moving average and two of the optimizer's.
         weights = 4 * parameter_count(self.config)
-        return weights * (len(self.config.pretrain) + 8) + 60_000 * len(self.cells)
+        return weights * (len(self.config.pretrain) + 3 * 5) + 60_000 * len(self.cells)
 
 
 def summary(result: dict[str, Any]) -> str:

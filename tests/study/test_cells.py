@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from sparse_robust.errors import UsageError
+from sparse_robust.models import ModelSpec
 from sparse_robust.study.cells import FindCell, PretrainCell, TransferCell, cell_name, describe, study_cells
 from sparse_robust.study.config import FinderConfig, StudyConfig
-from sparse_robust.study.estimate import cell_cost, passes_per_image, training_cost
+from sparse_robust.study.estimate import cell_cost, cell_evaluation, pass_flops, passes_per_image, training_cost
 from sparse_robust.study.load import build, presets, read_config, to_plain
 from sparse_robust.training import Recipe
 
@@ -132,3 +133,22 @@ def test_costs_are_the_recipes_arithmetic() -> None:
         pretrain=next(c for c in study_cells(quickstart()) if isinstance(c, PretrainCell)), finder="imp", config=config
     )
     assert cell_cost(cell, 1_281_167, 50_000, 50_000).train == pytest.approx(730e6, rel=1e-3)
+
+
+def test_only_images_that_are_evaluated_cost_anything() -> None:
+    """Of the limit in ``evaluation.images``; and twice only where the best weights may be others than the last."""
+    transfer = next(cell for cell in study_cells(quickstart()) if isinstance(cell, TransferCell))
+    for images, counted in ((None, 400), (50, 50), (1000, 400)):
+        for every, times in ((0, 1), (1, 2)):
+            cell = replace(
+                transfer,
+                evaluation=replace(transfer.evaluation, images=images),
+                recipe=replace(transfer.recipe, validate_every=every),
+            )
+            assert cell_cost(cell, 100, 0, 400).evaluation == times * counted * (cell_evaluation(cell) + 1)
+
+
+def test_floating_point_operations_of_a_pass() -> None:
+    """4.09 billion products and sums are what ResNet-50 is known by."""
+    assert pass_flops(ModelSpec("resnet50"), (3, 224, 224)) == pytest.approx(3 * 2 * 4.09e9, rel=1e-3)
+    assert pass_flops(ModelSpec("resnet50"), (1, 224, 224)) < pass_flops(ModelSpec("resnet50"), (3, 224, 224))

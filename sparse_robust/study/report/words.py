@@ -12,6 +12,10 @@ FINDERS = {
     "imp-at": "adversarial IMP",
     "oneshot": "one-shot",
     "random": "random masks",
+    "gradual": "gradual pruning",
+    "set": "SET",
+    "rigl": "RigL",
+    "granet": "GraNet",
 }
 THETAS = {"STD": "standard", "FAT": "fast adversarial", "AT": "PGD adversarial"}
 
