@@ -396,6 +396,18 @@ def test_findings_of_the_usual_case(twin: dict[str, Any]) -> None:
     assert "A known reason" not in masks["sentence"]
 
 
+def test_tickets_that_win_in_part_are_not_explained_away(tmp_path: Path) -> None:
+    """With clean accuracies level and robust ones clearly higher, nothing was learned anew."""
+
+    def robust_only(metric: str, theta: str, finder: str, k: int, target: str, regime: str) -> float:
+        return 80.0 if metric == "sa" else expected(metric, theta, finder, k, target, regime)
+
+    masks = finding(assembled(tmp_path, with_law(robust_only)), "masks/fashion/1/imp-st")
+    assert masks["holds"] is None and masks["numbers"]["tally"]["higher"] and not masks["numbers"]["tally"]["lower"]
+    assert "do not clearly beat random masks everywhere" in masks["sentence"]
+    assert "A known reason" not in masks["sentence"]
+
+
 def test_findings_flip_with_the_numbers(tmp_path: Path) -> None:
     twin = assembled(tmp_path, with_law(mirrored))
     robust = finding(twin, "robust-pretraining/fashion/1/AT/AT")

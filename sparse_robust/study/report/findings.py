@@ -141,14 +141,15 @@ def _masks_headline(
     opening = {
         True: f"On {where}, {name} tickets beat random masks",
         False: f"On {where}, random masks do better than {name} tickets",
-        None: f"On {where}, {name} tickets do not clearly beat random masks",
+        None: f"On {where}, {name} tickets do not clearly beat random masks"
+        + (" everywhere" if tally["higher"] else ""),
     }[holds]
     sparsities = f"at {results.sparsity(rounds[0]):.2f} %" + (" sparsity and above" if len(rounds) > 1 else " sparsity")
     text = (
         f"{opening} {sparsities}: clearly better in {tally['higher']} of {plural(len(outcomes), 'comparison')} "
         f"(pre-training, SA or RA, regime){_others(tally)}; mean difference {signed(mean)} points."
     )
-    reason = "" if holds else f" {RELEARNED}"
+    reason = "" if holds or tally["higher"] > tally["lower"] else f" {RELEARNED}"
     numbers = {"tally": tally, "mean_difference": mean, "rounds": rounds}
     headline = finder == results.main_finder()
     return Finding(f"masks/{target}/{fraction:g}/{finder}", holds, text + reason, numbers, headline=headline)
