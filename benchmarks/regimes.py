@@ -1,10 +1,10 @@
 """Train the same network by several regimes and record robust accuracy beside the time each takes.
 
-    python benchmarks/regimes.py [--regimes NAME ...] [--seeds N] [--epochs N] [--out FILE]
+    python benchmarks/regimes.py [--regimes NAME ...] [--seeds N] [--epochs N] [--eps 0.1] [--no-guard] [--out FILE]
     python benchmarks/regimes.py --show      # the newest record as a table, and nothing else
 
 On the embedded real images: 5,400 of Fashion-MNIST train, 1,000 others test, a ResNet-10-T of 80 thousand parameters,
-Linf 0.1. The default compares the two single-step regimes with PGD-AT, in under six minutes of one core. A record holds
+Linf. The default compares the two single-step regimes with PGD-AT, in under six minutes of one core. A record holds
 the seconds of training, by the clock and of the processor, and, in the place of a gate, clean, PGD-20 and APGD accuracy
 in percent. The table compares processor seconds, which other work on the machine disturbs least.
 """
@@ -34,7 +34,6 @@ from sparse_robust.objectives import REGIMES
 from sparse_robust.training import Recipe, Trainer
 
 RECORD = Path(__file__).resolve().parent / "results" / "regimes.csv"
-EPS = 0.1
 STEPS = 7
 """Of PGD-AT, TRADES and MART, as in Madry et al. (2018)."""
 ATTACKS = {"PGD-20": PGD(steps=20), "APGD": APGD(steps=50)}
@@ -57,22 +56,39 @@ def make_network(data: Data, seed: int) -> nn.Module:
     )  # fmt: skip
 
 
-def recipe_of(regime: str, epochs: int) -> Recipe:
-    """Return the recipe, in which regimes differ by their name alone; the guard watches single-step ones."""
-    return Recipe(regime=regime, epochs=epochs, lr=0.1, eps=EPS, steps=STEPS, attack_mode="eval", validate_every=0)
+@dataclass(frozen=True)
+class Setting:
+    """What all regimes have in common; the guard watches single-step ones."""
+
+    epochs: int
+    eps: str
+    guard: bool
+
+    def recipe(self, regime: str) -> Recipe:
+        """Return the recipe, in which regimes differ by their name alone."""
+        return Recipe(
+            regime=regime, epochs=self.epochs, lr=0.1, eps=self.eps, steps=STEPS, attack_mode="eval", validate_every=0,
+            guard=self.guard,
+        )  # fmt: skip
+
+    @property
+    def case(self) -> str:
+        """Name in the record."""
+        watched = "" if self.guard else ", no guard"
+        return f"fashion-mnist, resnet10t 8-64, Linf {self.eps}, {self.epochs} epochs, PGD-{STEPS}{watched}"
 
 
-def train_and_measure(regime: str, data: Data, *, epochs: int, seed: int) -> Run:
+def train_and_measure(regime: str, data: Data, setting: Setting, *, seed: int) -> Run:
     """Train once, by the clock, and measure the last weights on all test images."""
     model = make_network(data, seed)
     began, busy = time.perf_counter(), time.process_time()
-    result = Trainer(model, data, recipe_of(regime, epochs), seed=seed).fit()
+    result = Trainer(model, data, setting.recipe(regime), seed=seed).fit()
     seconds, cpu = time.perf_counter() - began, time.process_time() - busy
     model.load_state_dict(result.selection.state("last"))
     loader = eval_loader(data.test, 500)
     accuracies: dict[str, float] = {}
     for name, attack in ATTACKS.items():
-        found = evaluate(model, loader, [attack], EPS, check=False)
+        found = evaluate(model, loader, [attack], setting.eps, check=False)
         accuracies |= {"clean": found.sa, name: found.ra}
     return Run(seconds, cpu, accuracies)
 
@@ -87,7 +103,7 @@ def summary(runs: Sequence[Run], data: Data) -> str:
     return f"{', '.join(parts)} % of {len(data.test)} test images"
 
 
-def records_of(measured: dict[str, list[Run]], data: Data, epochs: int, load: float) -> list[Record]:
+def records_of(measured: dict[str, list[Run]], data: Data, setting: Setting, load: float) -> list[Record]:
     """Return one record a regime; times are relative to the first."""
     now, where = datetime.now(UTC).isoformat(timespec="seconds"), asdict(machine())
     medians = {regime: statistics.median(run.seconds for run in runs) for regime, runs in measured.items()}
@@ -98,10 +114,10 @@ def records_of(measured: dict[str, list[Run]], data: Data, epochs: int, load: fl
         records.append(
             Record(
                 time=now, operation="regime", route=regime, device="cpu", samples=len(runs), calls=1,
-                case=f"fashion-mnist, resnet10t 8-64, Linf {EPS:g}, {epochs} epochs, PGD-{STEPS}",
+                case=setting.case,
                 median_s=medians[regime], q20_s=low, q80_s=high,
                 relative=medians[regime] / next(iter(medians.values())),
-                per_second=epochs * len(data.train) / medians[regime], unit="images",
+                per_second=setting.epochs * len(data.train) / medians[regime], unit="images",
                 gate=summary(runs, data), load=load, **where,
                 cpu_s=statistics.median(run.cpu for run in runs),
             )
@@ -133,24 +149,29 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--eps", default="0.1", help="radius of training and attacks, such as 8/255; default: %(default)s"
+    )
+    parser.add_argument("--no-guard", action="store_true", help="let single-step regimes collapse")
     parser.add_argument("--out", type=Path, default=RECORD, help="the record to add to; default: %(default)s")
     parser.add_argument("--show", action="store_true", help="print the newest run of the record, and measure nothing")
     given = parser.parse_args()
     if not given.show:
         torch.set_num_threads(1)
+        setting = Setting(given.epochs, given.eps, not given.no_guard)
         data = load_data(DataSpec(name="fashion-mnist-source", augment="none"))
         print(machine_line(machine()))
         measured: dict[str, list[Run]] = {regime: [] for regime in given.regimes}
         load = round(os.getloadavg()[0], 2)
         for seed in range(given.seeds):
             for regime in given.regimes:
-                run = train_and_measure(regime, data, epochs=given.epochs, seed=seed)
+                run = train_and_measure(regime, data, setting, seed=seed)
                 measured[regime].append(run)
                 print(
                     f"{regime}, seed {seed}: {run.seconds:.1f} s ({run.cpu:.1f} s CPU), {summary([run], data)}",
                     flush=True,
                 )
-        append(given.out, records_of(measured, data, given.epochs, load))
+        append(given.out, records_of(measured, data, setting, load))
     print(show(last_run(read(given.out))))
     return 0
 
