@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("find", "draw tickets from pre-trained weights"),
         ("transfer", "fine-tune a ticket on a downstream task"),
         ("evaluate", "how robust a weights file is: any attacks, curves, alarms, corruptions, transfer"),
+        ("landscape", "draw the loss around transferred networks, and the paths of their training"),
     ):
         verb = _verb(verbs, name, single_run, text)
         verb.set_defaults(verb=name)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sparse_robust.data import DataSpec
-from sparse_robust.errors import UsageError
+from sparse_robust.errors import SparseRobustError, UsageError
 from sparse_robust.files import canonical_json, ensure_writable, read_json, sha256_file, write_json, write_text
 from sparse_robust.models import ModelSpec
 from sparse_robust.study import stages
@@ -18,9 +18,11 @@ from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
 from sparse_robust.study.context import Context
 from sparse_robust.study.evaluation_run import EvaluateRun
+from sparse_robust.study.landscape_run import TRAJECTORY, LandscapeRun, path_files
 from sparse_robust.study.load import to_plain
 from sparse_robust.study.scoring import check_like, with_attack
 from sparse_robust.training import Recipe
+from sparse_robust.training.trajectory import Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,8 @@ class TransferRun:
     data: DataSpec
     recipe: Recipe = Recipe()
     evaluation: EvaluationConfig = EvaluationConfig()
+    trajectory: bool = False
+    """Keep the network after every epoch, for ``sparse-robust landscape``."""
     seed: int = 0
 
     def execute(self, folder: Path, context: Context) -> dict[str, Any]:
@@ -109,15 +113,17 @@ class TransferRun:
         return stages.transfer(
             Path(self.weights), ticket, self.data, self.recipe, self.evaluation,
             seed=self.seed, folder=folder, context=context, label=folder.name,
+            hooks=[Trajectory(folder / TRAJECTORY)] if self.trajectory else (),
         )  # fmt: skip
 
 
-Run = PretrainRun | FindRun | TransferRun | EvaluateRun
+Run = PretrainRun | FindRun | TransferRun | EvaluateRun | LandscapeRun
 RUNS: dict[str, type[Run]] = {
     "pretrain": PretrainRun,
     "find": FindRun,
     "transfer": TransferRun,
     "evaluate": EvaluateRun,
+    "landscape": LandscapeRun,
 }
 
 
@@ -125,6 +131,8 @@ def outcome(run: Run, row: dict[str, Any]) -> str:
     """Return a run's result in a line: what was found, or the accuracies and the attack they are under."""
     if isinstance(run, FindRun):
         return f"{len(row['tickets'])} tickets, up to {row['tickets'][-1]['sparsity']:.2f} % sparse"
+    if isinstance(run, LandscapeRun):
+        return "loss at the final weights: " + ", ".join(f"{p['title']} {p['final_loss']:.4f}" for p in row["panels"])
     how = f"{run.evaluation.describe()}; {row['test_images']} test images"
     return f"SA {row['sa']:.2f} %  RA {row['ra']:.2f} %  ({how})"
 
@@ -133,6 +141,8 @@ def _inputs(run: Run) -> dict[str, str]:
     """Return the sha256 of the files a run reads: the same path may hold something else tomorrow."""
     paths = [getattr(run, name, None) for name in ("weights", "ticket", "checkpoint", "parent")]
     paths += getattr(run, "sources", ())
+    if isinstance(run, LandscapeRun):
+        paths += [str(point) for folder in run.runs for point in path_files(Path(folder))]
     return {path: sha256_file(path) for path in paths if path is not None and Path(path).is_file()}
 
 
@@ -168,7 +178,13 @@ def execute(run: Run, folder: Path, context: Context) -> dict[str, Any]:
         write_text(recorded, yaml.safe_dump(spec, sort_keys=False))
 
     context.on_main(begin)
-    row = {"kind": type(run).__name__, **run.execute(folder, context)}
+    try:
+        row = {"kind": type(run).__name__, **run.execute(folder, context)}
+    except SparseRobustError:
+        # What never began leaves no trace, so that the command may be put right and given again.
+        if context.accelerator.is_main_process and {path.name for path in folder.iterdir()} == {recorded.name}:
+            recorded.unlink()
+        raise
     context.on_main(lambda: write_json(result, row))
     context.on_main(lambda: stages.remove_checkpoints(folder))
     return row

@@ -267,13 +267,13 @@ def transfer(
     folder: Path,
     context: Context,
     label: str,
+    hooks: Sequence[Hook] = (),
 ) -> dict[str, Any]:
     """Transfer a ticket (None: the dense network) from ``weights`` to a data set and evaluate it; returns the result
     row.
 
     Training starts at the pre-trained values under the mask, with a new head; the mask stays as it is, and a new head
-    is
-    not masked.
+    is not masked. ``hooks`` take part in it.
     """
     data = context.data(data_spec)
     model = load_model(weights)
@@ -284,11 +284,12 @@ def transfer(
         loaded.require_base(base_sha256)
         ticket_masks = loaded.masks
         ticket_masks.apply_(model)
-        masks = ticket_masks.only([n for n in ticket_masks.names() if n not in head_names(model)])
+        masks = without_head(ticket_masks, model)
     _fit_to(model, data, derive_seed("head", seed))
     trained = context.train(
-        model, data, recipe, seed=derive_seed("transfer", data_spec.name, seed), masks=masks, folder=folder, name=label
-    )
+        model, data, recipe, seed=derive_seed("transfer", data_spec.name, seed), masks=masks, folder=folder, name=label,
+        hooks=hooks,
+    )  # fmt: skip
     started = time.monotonic()
     checkpoints: dict[str, Any] = {}
     measured: dict[int, Evaluation] = {}
@@ -333,6 +334,11 @@ def transfer(
         "how": trained.how,
         "seconds": trained.seconds + time.monotonic() - started,
     }
+
+
+def without_head(masks: Masks, model: nn.Module) -> Masks:
+    """Return what a transfer holds: a new head is not masked."""
+    return masks.only([name for name in masks if name not in head_names(model)])
 
 
 def _by_attack(found: Evaluation) -> dict[str, Any]:

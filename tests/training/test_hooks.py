@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sparse_robust.data import Data
@@ -14,6 +15,7 @@ from sparse_robust.masks import Masks
 from sparse_robust.pruning import prune
 from sparse_robust.training import Hook, Preempted, Recipe, RunOptions, Trainer, TrainResult
 from sparse_robust.training.trainee import Trainee
+from sparse_robust.training.trajectory import Trajectory
 
 FAST = {"epochs": 2, "batch_size": 32, "lr": 0.05, "validation_steps": 0, "ema_decay": 0.8}
 
@@ -92,6 +94,37 @@ def test_masks_that_change_are_held_and_resumed(
     assert again.updates == first.updates and torch.equal(again.largest, first.largest)
     assert resumed.masks == whole.masks
     assert sha256_state(resumed.selection.state("last")) == sha256_state(whole.selection.state("last"))
+
+
+def test_the_path_of_a_run_is_kept_and_resumed(
+    tiny: Callable[..., nn.Module], digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, steps = tiny(), -(-len(digits.train) // 32)
+    begun = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = prune(model, 0.5)
+    fit(model, digits, Trajectory(tmp_path / "whole"))
+    points = {path.stem: load_file(path) for path in sorted((tmp_path / "whole").iterdir())}
+    assert list(points) == ["000", "001", "002"]
+    for name, parameter in model.named_parameters():
+        keep = masks[name] if name in masks else torch.ones_like(begun[name], dtype=torch.bool)
+        assert torch.equal(points["000"][name], begun[name] * keep)
+        assert torch.equal(points["002"][name], parameter)
+        assert all(not state[name][~keep].any() for state in points.values())
+    assert points["001"].keys() == model.state_dict().keys()
+
+    class Stopped(Trajectory):
+        def after_update(self, trainee: Trainee, update: int) -> None:
+            super().after_update(trainee, update)
+            if update == steps + 1:
+                monkeypatch.setattr("sparse_robust.training.signals._unheeded", ["SIGTERM"])
+
+    with pytest.raises(Preempted):
+        fit(tiny(), digits, Stopped(tmp_path / "torn"), tmp_path / "run")
+    monkeypatch.undo()
+    fit(tiny(), digits, Trajectory(tmp_path / "torn"), tmp_path / "run")
+    for point in points:
+        torn, whole = (tmp_path / kind / f"{point}.safetensors" for kind in ("torn", "whole"))
+        assert torn.read_bytes() == whole.read_bytes()
 
 
 def test_hooks_need_names_of_their_own(tiny: Callable[..., nn.Module], digits: Data) -> None:
