@@ -58,7 +58,7 @@ def member(name: str, *, norm: str = "Linf", seed: int = 0) -> EngineAttack:
     if name not in MEMBERS:
         raise unknown("attack of AutoAttack", name, MEMBERS)
     if name == "square":
-        return Square(norm=norm, seed=seed)
+        return Square(norm=norm, seed=seed, last_row=False)
     if name == "fab":
         return FAB(norm=norm, seed=seed)
     if name == "fab-t":

@@ -34,7 +34,7 @@ class Square(EngineAttack):
     A random start, then ``n_queries`` proposals, each a random square-shaped change of the best image so far, kept if
     it raises the loss. In Linf a square is set to the upper or lower end of the budget; in L2 and L1 the change in one
     square moves to another. Every image draws its own squares, a function of (seed, its id, restart, step) alone; in
-    the published code a batch shares them. Squares may touch every border of the image, as in the paper.
+    the authors' programs a batch shares them.
 
     Works with any number of classes, on images [n, channels, height, width] of any size.
 
@@ -45,6 +45,9 @@ class Square(EngineAttack):
             500, 1000, 2000, 4000, 6000 and 8000 proposals.
         n_restarts: runs, at least 1.
         loss: ``margin`` (largest other logit minus the label's) or ``ce`` (cross-entropy).
+        last_row: squares may cover the last row and the last column of an image, as in the paper. The authors'
+            programs, AutoAttack's among them, never place one there, since their random integers leave out the upper
+            end: with False neither does this. It is the weaker attack on images of few pixels.
         rescale_schedule: stretch that schedule, made for 10,000 proposals, to n_queries.
         seed: any integer; 0 is a seed like any other.
     """
@@ -54,6 +57,7 @@ class Square(EngineAttack):
     p_init: float = 0.8
     n_restarts: int = 1
     loss: str = "margin"
+    last_row: bool = True
     rescale_schedule: bool = False
     seed: int = 0
 
@@ -188,7 +192,7 @@ class _Squares:
     def _windows_for(self, images: Tensor) -> _Windows:
         key = (images.shape[2:], images.dtype, images.device)
         if key not in self._windows:
-            self._windows[key] = _Windows(images, self.attack.p_init, self.power)
+            self._windows[key] = _Windows(images, self.attack.p_init, self.power, last_row=self.attack.last_row)
         return self._windows[key]
 
     def _level(self, windows: _Windows, step: Tensor) -> Tensor:
@@ -205,12 +209,12 @@ class _Windows:
     window, and `outside` for those that are not in it.
     """
 
-    def __init__(self, images: Tensor, p_init: float, power: float) -> None:
+    def __init__(self, images: Tensor, p_init: float, power: float, *, last_row: bool) -> None:
         height, width = images.shape[2:]
         sizes = [_size(p_init / 2**level, height, width, power) for level in range(len(HALVINGS) + 1)]
         device, self.dtype, self.outside = images.device, images.dtype, max(sizes)
         self.sizes, self.halvings = torch.tensor(sizes, device=device), torch.tensor(HALVINGS, device=device)
-        self.shape, self.lengths = (height, width), torch.tensor([height, width], device=device)
+        self.shape, self.begins = (height, width), torch.tensor([height + last_row, width + last_row], device=device)
         self.positions = torch.arange(max(height, width), device=device)
         if power < math.inf:  # one table, so that rows of any size look up their pattern at once; zeros are outside
             padded = [F.pad(_pattern(size, power), (0, self.outside + 1 - size) * 2) for size in sizes]
@@ -220,7 +224,7 @@ class _Windows:
     def place(self, uniform: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """Return windows of ``size`` int64 [n], wholly inside the image, at random: ``uniform`` is [n, 2]."""
         # It stays below the number of places: fp32 rounds (1 - 2**-24) * count to less than count.
-        begin = (uniform * (self.lengths + 1 - size[:, None])).long()
+        begin = (uniform * (self.begins - size[:, None])).long()
         offset = self.positions - begin[:, :, None]
         placed = torch.where((offset >= 0) & (offset < size[:, None, None]), offset, self.outside)
         return placed[:, 0, : self.shape[0]], placed[:, 1, : self.shape[1]]

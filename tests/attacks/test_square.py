@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparse_robust.attacks.budget import Budget
 from sparse_robust.attacks.procedure import Look, Procedure, Rows, Seen, Task
@@ -119,6 +120,15 @@ def plain_proposal(norm: str, eps: float, x: Tensor, best: Tensor, step: int, u:
 
 
 @pytest.mark.parametrize("norm", EPS)
+def test_without_the_last_row_a_square_as_large_as_the_image_stays_in_place(norm: str) -> None:
+    task = make_task(6, 1, 3, 3)
+    procedure = Square(norm=norm, p_init=1.0, last_row=False).prepare(Budget(norm, EPS[norm]), 3)
+    rows = procedure.start(task, no_run(task))
+    after, _ = procedure.advance(task, rows, Seen(task.logits, torch.ones(6), task.x.new_empty(0)), never)
+    assert after["shown"].isfinite().all() and (after["shown"] != rows["shown"]).any()
+
+
+@pytest.mark.parametrize("norm", EPS)
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 9, 14)])
 def test_a_step_is_that_of_the_plain_implementation_at_every_size(norm: str, shape: tuple[int, ...]) -> None:
     steps = torch.tensor([0, 10, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001, 9999])
@@ -171,16 +181,20 @@ def test_the_schedule_can_be_stretched() -> None:
     assert len(set(sides)) == 3
 
 
-def test_squares_reach_every_border_and_are_uniform() -> None:
+@pytest.mark.parametrize("last_row", [True, False])
+def test_squares_are_uniform_and_reach_every_border_but_for_the_published_ones(last_row: bool) -> None:
     n = 20_000
     x = torch.full((n, 1, 4, 5), 0.5)
     task = Task(x, torch.zeros(n, dtype=torch.int64), torch.arange(n), torch.zeros(n, 2))
-    procedure = Square(n_queries=10_000).prepare(Budget("Linf", 0.25), 2)
+    procedure = Square(n_queries=10_000, last_row=last_row).prepare(Budget("Linf", 0.25), 2)
     rows = procedure.start(task, no_run(task)) | {"step": torch.full((n,), 9000), "shown": x}
     after, _ = procedure.advance(task, rows, Seen(task.logits, torch.ones(n), x.new_empty(0)), never)
     assert after["shown"].unique().tolist() == [0.25, 0.5, 0.75]
     share = (after["shown"] != 0.5).float().mean(0)[0]
-    torch.testing.assert_close(share, torch.full((4, 5), 1 / 20), rtol=0, atol=0.006)  # 4 standard deviations
+    expected = torch.full((4, 5), 1 / 20)
+    if not last_row:
+        expected = F.pad(torch.full((3, 4), 1 / 12), (0, 1, 0, 1))
+    torch.testing.assert_close(share, expected, rtol=0, atol=0.008)  # 4 standard deviations
     assert (after["shown"] > 0.5).float().mean() * 20 == pytest.approx(0.5, abs=0.015)
 
 

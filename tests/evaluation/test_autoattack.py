@@ -81,6 +81,7 @@ def test_the_versions_are_those_of_the_reference(norm: str) -> None:
     ce, targeted, fab, square = autoattack("standard", norm=norm)
     assert (ce.n_restarts, targeted.n_target_classes) == ((5, 5) if norm == "L1" else (1, 9))
     assert (ce.steps, targeted.steps, fab.steps, fab.n_target_classes, square.n_queries) == (100, 100, 100, 9, 5000)
+    assert not square.last_row
     assert [a.n_restarts for a in autoattack("plus", norm=norm)] == [5, 5, 5, 1, 1, 1]
     assert {a.eot_iter for a in autoattack("rand", norm=norm)} == {20}
 
