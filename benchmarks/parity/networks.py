@@ -93,6 +93,21 @@ def _cnn_bn() -> nn.Module:
         )
 
 
+def _mlp() -> nn.Module:
+    """Two hidden layers with batch normalisation, no convolution."""
+    with seeded("parity", "mlp"):
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(28 * 28, 200, bias=False),
+            nn.BatchNorm1d(200),
+            nn.ReLU(),
+            nn.Linear(200, 100, bias=False),
+            nn.BatchNorm1d(100),
+            nn.ReLU(),
+            nn.Linear(100, 10),
+        )
+
+
 def _timm(name: str, channels: tuple[int, ...], stem_width: int = 16, **options: str) -> Callable[[], nn.Module]:
     return lambda: create_model(name, in_chans=1, channels=channels, stem_width=stem_width, **options)
 
@@ -118,6 +133,18 @@ NETWORKS: dict[str, Network] = {
             data="fashion-mnist-source",
             test="fashion-mnist-source",
             build=_cnn_bn,
+            train_eps=0.1,
+            epochs=30,
+            lr=4e-3,
+            eps={"Linf": 0.1, "L2": 1.0, "L1": 3.5},
+            half_eps=0.13,
+        ),
+        Network(
+            name="mlp",
+            description="perceptron, 2 batch norms",
+            data="fashion-mnist-source",
+            test="fashion-mnist-source",
+            build=_mlp,
             train_eps=0.1,
             epochs=30,
             lr=4e-3,
