@@ -192,8 +192,9 @@ def _sizes(spec: DataSpec, model: ModelSpec, known: dict[DataSpec, _Sizes | None
     if spec not in known:
         try:
             data = load_data(spec)
-            flops = pass_flops(model, (data.in_chans, *data.size))
-            known[spec] = _Sizes((len(data.train), len(data.validation), len(data.test)), flops)
         except (SparseRobustError, OSError, ImportError):
             known[spec] = None
+        else:
+            flops = pass_flops(model, (data.in_chans, *data.size))
+            known[spec] = _Sizes((len(data.train), len(data.validation), len(data.test)), flops)
     return known[spec]

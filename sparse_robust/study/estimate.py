@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_robust.models import ModelSpec, build_model
+from sparse_robust.models import ModelSpec, build_model, check_input_size
 from sparse_robust.objectives import REGIMES
 from sparse_robust.study.cells import Cell, FindCell, TransferCell
 from sparse_robust.study.config import StudyConfig
@@ -74,9 +74,13 @@ def pass_flops(model: ModelSpec, image: Sequence[int]) -> int:
     """Return the floating-point operations of a forward and a backward pass of one image [C, H, W].
 
     A product and its sum are two; a backward pass counts as two forward ones.
+
+    Raises:
+        UsageError: if the network does not take such images.
     """
     with torch.device("meta"):
         network = build_model(replace(model, in_chans=image[0])).eval()
+        check_input_size(network, *image[1:])
         with FlopCounterMode(display=False) as counter:
             network(torch.empty(1, *image))
     return 3 * int(counter.get_total_flops())

@@ -152,3 +152,5 @@ def test_floating_point_operations_of_a_pass() -> None:
     """4.09 billion products and sums are what ResNet-50 is known by."""
     assert pass_flops(ModelSpec("resnet50"), (3, 224, 224)) == pytest.approx(3 * 2 * 4.09e9, rel=1e-3)
     assert pass_flops(ModelSpec("resnet50"), (1, 224, 224)) < pass_flops(ModelSpec("resnet50"), (3, 224, 224))
+    with pytest.raises(UsageError, match="does not take 28"):
+        pass_flops(ModelSpec("vit_tiny_patch16_224"), (1, 28, 28))
