@@ -6,22 +6,18 @@ It computes the model's function, with other rounding, in less time. Verdicts ar
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Iterator
-from functools import partial
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sparse_robust.attacks.capture import Graphs
 from sparse_robust.attacks.context import Model, attack_context
+from sparse_robust.attacks.folding import LAYERS, Pair, find_pairs, fold_away
 from sparse_robust.attacks.inputs import check_logits, recording
 from sparse_robust.attacks.normalized import find_normalization
+from sparse_robust.attacks.refresh import Refresh
 from sparse_robust.attacks.stem import quicken
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.masks import unwrap
@@ -37,15 +33,6 @@ TOLERANCE = 1e-3
 
 # How many images of the example a copy is checked on.
 CHECKED = 8
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class Pair(NamedTuple):
-    """Names of a convolution or linear layer, and of the batch norm that alone reads its output."""
-
-    layer: str
-    norm: str
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -91,6 +78,7 @@ class Replica:
         self.model, self.module, self.folded, self.reason = model, module, folded, reason
         self.precision, self.channels_last = precision, channels_last
         self._compute = model if module is None else module
+        self._refresh: Refresh | None = None
         self.normalization = find_normalization(module) if module is not None and channels_last else None
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -129,18 +117,13 @@ class Replica:
         """Whether attacks on it are captured as CUDA graphs."""
         return self.graphs is not None and not self.graphs.failure
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Take over the original's present weights and buffers, in place. Its layers must still be those of then."""
         if self.module is None or not isinstance(self.model, nn.Module):
             return
-        original = unwrap(self.model)
-        source = dict(_tensors(original))
-        for pair in self.folded:
-            weight, bias = _fold(original.get_submodule(pair.layer), original.get_submodule(pair.norm))
-            source |= {f"{pair.layer}.weight": weight, f"{pair.layer}.bias": bias}
-        for name, tensor in _tensors(self.module):
-            tensor.copy_(source[name])
+        if self._refresh is None:
+            self._refresh = Refresh(unwrap(self.model), self.module, self.folded)
+        self._refresh()
 
 
 def make_replica(
@@ -222,9 +205,8 @@ def _copy(
     if not fold:
         return module, (), None
     try:
-        pairs = _find_pairs(module, example)
-        for pair in pairs:
-            _fold_away(module, pair)
+        pairs = find_pairs(module, example)
+        fold_away(module, pairs)
         _check(module(example), logits, "its copy with folded batch norms")
     except Exception as error:
         return _deepcopy(original), (), _describe(error)
@@ -245,119 +227,10 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield all parameters and buffers, under every name they have."""
-    return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-
-
-class _Uses(TorchDispatchMode):
-    """Counts how often each tensor is the operand of an operation, by its Python id."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[int] = Counter()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # to have the compiler skip this mode, torch would import it: more than a second
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        return func(*args, **(kwargs or {}))
-
-
-def _find_pairs(module: nn.Module, example: Tensor) -> tuple[Pair, ...]:
-    """Return the batch norms that can be folded, seen in one pass: no tracing, which some networks do not survive."""
-    uses, calls = _Uses(), Counter[str]()
-    written: dict[int, tuple[str, Tensor]] = {}  # outputs of layers by id; held, so that no id is given twice
-    found: list[tuple[Pair, int]] = []
-
-    def note_layer(name: str, layer: Any, args: tuple[Any, ...], output: Any) -> None:
-        calls[name] += 1
-        # One dimension less or more is a layer applied along another dimension than a batch norm's.
-        if isinstance(output, Tensor) and output.dim() == layer.weight.dim() and _is_homogeneous(layer, args, output):
-            written[id(output)] = (name, output)
-            uses.of[id(output)] = 0
-
-    def note_norm(name: str, norm: Any, args: tuple[Any, ...], output: Any) -> None:
-        calls[name] += 1
-        layer, tensor = written.get(id(args[0]), (None, None)) if args else (None, None)
-        if layer is not None and tensor is not None and tensor.shape[1] == norm.num_features:
-            found.append((Pair(layer, name), id(tensor)))
-
-    handles = []
-    for name, part in module.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks:
-            continue  # these may change what goes in or comes out
-        note = note_layer if isinstance(part, _LAYERS) else note_norm if _after(part) is not None else None
-        if note is not None:
-            handles.append(part.register_forward_hook(partial(note, name)))
-    with uses:
-        module(example)
-    for handle in handles:
-        handle.remove()
-    return tuple(pair for pair, tensor in found if calls[pair.layer] == calls[pair.norm] == 1 and uses.of[tensor] == 1)
-
-
-def _is_homogeneous(layer: Any, args: tuple[Any, ...], output: Tensor) -> bool:
-    """Whether twice the weights give twice the output; not so where a layer standardises or recomputes its weights."""
-    parameters = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
-    for parameter in parameters:
-        parameter.mul_(2)
-    doubled = layer.forward(*args)
-    for parameter in parameters:
-        parameter.mul_(0.5)
-    return bool((doubled - 2 * output).abs().max() <= TOLERANCE * output.abs().max())
-
-
-class _DropAct(nn.Module):
-    """What timm's norms with an activation do after normalising; under the names they have there."""
-
-    def __init__(self, drop: nn.Module, act: nn.Module) -> None:
-        super().__init__()
-        self.drop, self.act = drop, act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(x))
-
-
-def _after(norm: Any) -> nn.Module | None:
-    """Return what a module does after it normalised with running statistics; None if it is no such batch norm."""
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
-        return None
-    if type(norm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        return nn.Identity()
-    drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
-    return _DropAct(drop, act) if isinstance(drop, nn.Module) and isinstance(act, nn.Module) else None
-
-
-def _fold(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return weight and bias with which the layer does what layer and batch norm do; zeros in the weight stay zeros."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    bias = (0 if layer.bias is None else layer.bias) - norm.running_mean
-    shift = 0 if norm.bias is None else norm.bias
-    return layer.weight * scale.view(-1, *[1] * (layer.weight.dim() - 1)), bias * scale + shift
-
-
-def _fold_away(module: nn.Module, pair: Pair) -> None:
-    """Fold a batch norm, and put what it does besides in its place, wherever the module has it."""
-    layer: Any = module.get_submodule(pair.layer)
-    norm = module.get_submodule(pair.norm)
-    layer.weight, layer.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in _fold(layer, norm))
-    after = _after(norm)
-    for part in list(module.modules()):
-        for name, child in part._modules.items():
-            if child is norm:
-                part._modules[name] = after
-    module.eval()
-
-
 def _cast_weights(module: nn.Module) -> None:
     """Cast what autocast would cast in every pass: it only keeps the casts of parameters that get gradients."""
     for part in module.modules():
-        if isinstance(part, _LAYERS):
+        if isinstance(part, LAYERS):
             for name, parameter in part._parameters.items():
                 if parameter is not None and parameter.dtype == torch.float32:
                     part._parameters[name] = nn.Parameter(parameter.bfloat16(), requires_grad=False)

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_robust.attacks import replica as replica_module
-from sparse_robust.attacks.replica import Pair, Replica, make_replica
+from sparse_robust.attacks.folding import Pair
+from sparse_robust.attacks.refresh import named_tensors
+from sparse_robust.attacks.replica import Replica, make_replica
 from sparse_robust.errors import UsageError
 from sparse_robust.models import create_model
 from sparse_robust.models.normalization import set_normalization
@@ -110,22 +112,22 @@ def test_the_original_is_left_as_it_is(precision: str) -> None:
         parts = {name: (part.training, len(part._forward_hooks), type(part)) for name, part in model.named_modules()}
         tensors = {
             name: (id(tensor), tensor.requires_grad, tensor.stride(), tensor.dtype, tensor._version)
-            for name, tensor in replica_module._tensors(model)
+            for name, tensor in named_tensors(model)
         }
         return {"parts": parts, "tensors": tensors}
 
-    before, values = describe(), {name: tensor.clone() for name, tensor in replica_module._tensors(model)}
+    before, values = describe(), {name: tensor.clone() for name, tensor in named_tensors(model)}
     replica = make_replica(model, x, precision=precision)
     assert replica.module is not None
     answer(replica, x)
     replica.refresh()
     assert describe() == before
-    assert all(torch.equal(tensor, values[name]) for name, tensor in replica_module._tensors(model))
+    assert all(torch.equal(tensor, values[name]) for name, tensor in named_tensors(model))
     assert all(p.grad is None or bool((p.grad == 1).all()) for p in model.parameters())
     assert not any(part.training for part in replica.module.modules())
     assert all(not p.requires_grad and p.grad is None for p in replica.module.parameters())
-    own = {tensor.data_ptr() for _, tensor in replica_module._tensors(replica.module)}
-    assert not own & {tensor.data_ptr() for _, tensor in replica_module._tensors(model)}
+    own = {tensor.data_ptr() for _, tensor in named_tensors(replica.module)}
+    assert not own & {tensor.data_ptr() for _, tensor in named_tensors(model)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -297,7 +299,7 @@ def test_folding_can_be_left_out() -> None:
 
 def test_folding_is_given_up_where_the_logits_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = randomize(UsedTwice()), images(8, 10)
-    monkeypatch.setattr(replica_module, "_find_pairs", lambda module, example: (FIRST, SECOND))
+    monkeypatch.setattr(replica_module, "find_pairs", lambda module, example: (FIRST, SECOND))
     replica = make_replica(model, x)
     assert replica.folded == () and replica.module is not None
     assert replica.reason is not None and "folded batch norms gives other logits" in replica.reason
@@ -394,7 +396,7 @@ def test_refresh_follows_the_original_in_place(precision: str) -> None:
     model, x = randomize(NETWORKS["mobilenetv3"][0]()).train(), images()
     replica = make_replica(model, x, precision=precision)
     assert replica.module is not None
-    addresses = {name: tensor.data_ptr() for name, tensor in replica_module._tensors(replica.module)}
+    addresses = {name: tensor.data_ptr() for name, tensor in named_tensors(replica.module)}
     before = answer(replica, x)[0]
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape) * parameter.abs().mean()
@@ -402,7 +404,7 @@ def test_refresh_follows_the_original_in_place(precision: str) -> None:
     set_normalization(model, (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
     assert torch.equal(answer(replica, x)[0], before)
     replica.refresh()
-    assert {name: tensor.data_ptr() for name, tensor in replica_module._tensors(replica.module)} == addresses
+    assert {name: tensor.data_ptr() for name, tensor in named_tensors(replica.module)} == addresses
     assert_same_function(model, replica, x, tolerance=1e-4 if precision == "fp32" else 0.2)
 
     state = {name: tensor + 0 for name, tensor in randomize(model, seed=6).state_dict().items()}

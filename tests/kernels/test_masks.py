@@ -121,6 +121,19 @@ def test_a_masked_copy_is_the_rounded_weight_where_it_is_kept(layout: str, want:
     assert torch.equal(whole.nan_to_num(7.0), source.detach().to(want).nan_to_num(7.0)) and not target.requires_grad
 
 
+@pytest.mark.parametrize("want", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_multiplied_before_they_are_rounded(layout: str, want: torch.dtype) -> None:
+    source, scale = torch.nn.Parameter(torch.randn(4, 3, 2, 2)), torch.nn.Parameter(torch.randn(4))
+    keep = torch.rand(source.shape) > 0.5
+    target, whole = LAYOUTS[layout]((4, 3, 2, 2)).to(want), torch.empty(4, 3, 2, 2, dtype=want)
+    masked_copy([source, source], [keep, None], [target, whole], scales=[scale, None])
+    rows = zip(source.detach().flatten(1), scale.detach(), strict=True)
+    product = torch.tensor([[*(w * s for w in row)] for row, s in rows])
+    assert torch.equal(target, product.view(source.shape).to(want).where(keep, 0.0))
+    assert torch.equal(whole, source.detach().to(want)) and not target.requires_grad
+
+
 def test_a_masked_copy_to_bf16_rounds_to_the_nearest_and_to_even() -> None:
     halfway = 1 + 2.0**-8
     source = torch.tensor([halfway, halfway + 2.0**-20, 1 + 3 * 2.0**-8, -halfway, 3.4e38])
@@ -157,6 +170,18 @@ def test_nothing_is_left_unwritten() -> None:
         (lambda: zero_([torch.ones(3, device="meta")], MaskTable([None], [torch.ones(3)])), "on meta, its mask on cpu"),
         (lambda: masked_copy([torch.ones(2)], [None], []), "one target a source, got 1 and 0"),
         (lambda: masked_copy([torch.ones(2)], [None], [torch.ones(3)]), r"shape \(2,\), but its mask \(3,\)"),
+        (
+            lambda: masked_copy([torch.ones(2)], [None], [torch.ones(2)], scales=[]),
+            "one scale, or None, a source, got 0",
+        ),
+        (
+            lambda: masked_copy([torch.ones(2)], [None], [torch.ones(2)], scales=[torch.ones(3)]),
+            r"tensor 0: its scale must be torch.float32 \(2,\) on cpu, got torch.float32 \(3,\)",
+        ),
+        (
+            lambda: masked_copy([torch.ones(2)], [None], [torch.ones(2)], scales=[torch.ones(2).double()]),
+            "must be torch.float32 .* got torch.float64",
+        ),
         (lambda: zero_([torch.ones(2)], [torch.ones(3, dtype=torch.bool)]), r"tensor 0: shape \(2,\), but its mask"),
         (lambda: zero_([torch.ones(2)], [torch.ones(2)]), "a float and a bool mask"),
         (lambda: zero_([torch.ones(2).int()], [torch.ones(2, dtype=torch.bool)]), "a float and a bool mask"),

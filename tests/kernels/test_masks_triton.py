@@ -121,6 +121,30 @@ def check_copying(device: str) -> None:
             assert ours.stride() == reference.stride()
 
 
+def check_scaling(device: str) -> None:
+    """Rows of any length, also where a block begins within one; tensors with and without numbers in one launch."""
+    shapes = [(7,), (5, 3), (3, 5, 3, 3), (64, 33), (1, 4096), (70, 1), (2, 5000), (33, 8, 3, 3), (4100, 2)]
+    for have, want in [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)]:
+        sources = [torch.randn(shape, dtype=have) * 3 for shape in shapes]
+        scales = [None if i % 4 == 1 else torch.randn(len(source)) for i, source in enumerate(sources)]
+        scales[2], sources[5][3, 0] = torch.tensor([0.0, float("nan"), float("inf")]), float("inf")
+        keep = [None if i % 3 == 1 else torch.rand(shape) < 0.5 for i, shape in enumerate(shapes)]
+        expected = [
+            torch.empty(shape, dtype=want).contiguous(memory_format=laid_out(shape, i))
+            for i, shape in enumerate(shapes)
+        ]
+        expected[3] = torch.empty(33, 64, dtype=want).t()  # rows lie side by side: no kernel
+        theirs = [torch.empty_like(tensor, device=device) for tensor in expected]
+        masked_copy(sources, keep, expected, "reference", scales=scales)
+        there = [None if scale is None else scale.to(device) for scale in scales]
+        table = MaskTable([None if mask is None else mask.to(device) for mask in keep], theirs)
+        masked_copy([source.to(device) for source in sources], table, theirs, "triton", scales=there)
+        for ours, reference in zip(theirs, expected, strict=True):
+            assert torch.equal(ours.isnan().cpu(), reference.isnan())
+            assert same(ours.nan_to_num(1.0), reference.nan_to_num(1.0)), want
+            assert ours.stride() == reference.stride()
+
+
 def check_rounding(device: str) -> None:
     """Every upper half of a float, with the lower halves around which rounding turns."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
@@ -133,7 +157,13 @@ def check_rounding(device: str) -> None:
         assert same(target[~nan.to(device)], expected[~nan]) and target[nan.to(device)].isnan().all()
 
 
-CHECKS: list[Callable[[str], None]] = [check_packing, check_zeroing, check_zeroing_of_some, check_copying]
+CHECKS: list[Callable[[str], None]] = [
+    check_packing,
+    check_zeroing,
+    check_zeroing_of_some,
+    check_copying,
+    check_scaling,
+]
 
 
 @interpret
@@ -157,6 +187,9 @@ def test_interpreted_types_that_no_kernel_converts_are_refused_by_name() -> None
         masked_copy([source], [None], [target], "triton")
     masked_copy([source], [None], [target])
     assert (target == 1).all()
+    half = torch.ones(3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"'triton' on cpu for scaled torch.bfloat16; available there: auto, re"):
+        masked_copy([half], [None], [half.clone()], "triton", scales=[half])
 
 
 @interpret
@@ -213,15 +246,19 @@ def kernels() -> dict[str, tuple[str, dict[str, str], dict[str, object], int]]:
     from sparse_robust_kernels.masks.triton import COUNTED, WORDS
 
     table = {"sizes": "*i64", "blocks": "*i32", "words": "*i32"}
-    zero, copy = {"addresses": "*i64", **table}, {"sources": "*i64", "targets": "*i64", **table}
+    zero = {"addresses": "*i64", **table}
+    copy = {"sources": "*i64", "targets": "*i64", "scales": "*i64", "lengths": "*i32", **table}
     whole = {"ALIGNED": True, "WORDS": WORDS}
+    plain, scaled = {"SCALED": False, **whole}, {"SCALED": True, **whole}
     f32, f16 = tl.int32, tl.int16
     return {
         "zero 32 bits": ("zero_kernel", zero, {"INTEGER": f32, **whole}, 64),
         "zero 16 bits": ("zero_kernel", zero, {"INTEGER": f16, **whole}, 64),
-        "copy fp32 to bf16": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f16, "TARGET": "bf16", **whole}, 96),
-        "copy fp32 to fp16": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f16, "TARGET": "fp16", **whole}, 96),
-        "copy fp32": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f32, "TARGET": "same", **whole}, 96),
+        "copy fp32 to bf16": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f16, "TARGET": "bf16", **plain}, 96),
+        "copy fp32 to fp16": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f16, "TARGET": "fp16", **plain}, 96),
+        "copy fp32": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f32, "TARGET": "same", **plain}, 96),
+        "scaled to bf16": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f16, "TARGET": "bf16", **scaled}, 96),
+        "scaled fp32": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f32, "TARGET": "same", **scaled}, 96),
         "pack": ("pack_kernel", {"keep": "*u8", "words": "*i32", "numel": "i64"}, {"WORDS": WORDS}, 48),
         "unpack": ("unpack_kernel", {"words": "*i32", "keep": "*u8", "numel": "i64"}, {"WORDS": WORDS}, 48),
         "count": ("count_kernel", {"words": "*i32", "count": "*i64", "numel": "i64"}, {"BLOCK": COUNTED}, 32),

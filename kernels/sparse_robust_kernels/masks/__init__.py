@@ -76,6 +76,8 @@ def masked_copy(
     keep: MaskTable | Sequence[Tensor | None],
     targets: Sequence[Tensor],
     backend: str = "auto",
+    *,
+    scales: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Write ``sources[i]`` to ``targets[i]`` where ``keep[i]`` is True, and +0.0 elsewhere: a masked compute copy.
 
@@ -88,6 +90,8 @@ def masked_copy(
             copied whole.
         targets: tensors of the sources' shapes, any type and memory format. Where source and target lie in memory in
             different orders, a GPU makes one copy more.
+        scales: one number for each row ``sources[i][r]``, [rows], of the source's type, by which the row is multiplied
+            before it is rounded, as a batch norm folded into a layer does; None for those, or for all, that have none.
     """
     if len(sources) != len(targets):
         raise ValueError(f"masked_copy takes one target a source, got {len(sources)} and {len(targets)}")
@@ -95,9 +99,13 @@ def masked_copy(
         keep = MaskTable(keep, targets)
     _check_fits(sources, keep)
     _check_fits(targets, keep)
+    scales = [None] * len(sources) if scales is None else scales
+    _check_scales(scales, sources)
     pairs = {(s.dtype, t.dtype) for s, t in zip(sources, targets, strict=True)}
     unfit = ", ".join(f"{have} to {want}" for have, want in sorted(pairs - _COPIED, key=str) if have != want)
-    resolve("masks.masked_copy", backend, keep.device, unfit=unfit)(sources, keep, targets)
+    scaled = {f"scaled {scale.dtype}" for scale in scales if scale is not None and scale.dtype != torch.float32}
+    unfit = unfit or ", ".join(sorted(scaled))
+    resolve("masks.masked_copy", backend, keep.device, unfit=unfit)(sources, keep, targets, scales)
 
 
 _COPIED = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
@@ -122,6 +130,20 @@ def _check_fits(tensors: Sequence[Tensor | None], table: MaskTable) -> None:
             raise ValueError(f"tensor {index}: on {tensor.device}, its mask on {table.device}; one device is needed")
         if not tensor.is_floating_point():
             raise ValueError(f"tensor {index}: expected a float, got {tensor.dtype}")
+
+
+def _check_scales(scales: Sequence[Tensor | None], sources: Sequence[Tensor]) -> None:
+    if len(scales) != len(sources):
+        raise ValueError(f"masked_copy takes one scale, or None, a source, got {len(scales)} for {len(sources)}")
+    for index, (scale, source) in enumerate(zip(scales, sources, strict=True)):
+        if scale is None:
+            continue
+        rows = source.shape[:1]
+        if scale.dim() != 1 or scale.shape != rows or (scale.dtype, scale.device) != (source.dtype, source.device):
+            raise ValueError(
+                f"tensor {index}: its scale must be {source.dtype} {tuple(rows)} on {source.device}, got "
+                f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
+            )
 
 
 def _check_packed(packed: Tensor) -> None:

@@ -47,6 +47,8 @@ def zero_(tensors: Sequence[Tensor | None], masks: MaskTable) -> None:
 
 def zero_one_(tensor: Tensor, masks: MaskTable, index: int) -> None:
     """`zero_` for one tensor of any layout."""
+    if masks.whole[index]:
+        return
     bits = tensor.detach().view(_INTEGER[tensor.element_size()])
     if masks.in_memory_order(index, tensor):
         bits.as_strided((bits.numel(),), (1,)).bitwise_and_(masks.wide(index, bits.dtype))
@@ -55,8 +57,22 @@ def zero_one_(tensor: Tensor, masks: MaskTable, index: int) -> None:
 
 
 @register("masks.masked_copy", "reference")
-def masked_copy(sources: Sequence[Tensor], masks: MaskTable, targets: Sequence[Tensor]) -> None:
+def masked_copy(
+    sources: Sequence[Tensor], masks: MaskTable, targets: Sequence[Tensor], scales: Sequence[Tensor | None]
+) -> None:
     """Copy with torch's own rounding, to the nearest with ties to even, then clear what is not kept."""
-    for source, target in zip(sources, targets, strict=True):
-        target.detach().copy_(source.detach())
-    zero_(targets, masks)
+    for index, (source, target, scale) in enumerate(zip(sources, targets, scales, strict=True)):
+        copy_one_(source.detach(), target.detach(), scale, masks, index)
+
+
+def copy_one_(source: Tensor, target: Tensor, scale: Tensor | None, masks: MaskTable, index: int) -> None:
+    """`masked_copy` for one tensor of any layout."""
+    if scale is None:
+        target.copy_(source)
+    else:
+        column = scale.detach().view(-1, *[1] * (source.dim() - 1))
+        if target.dtype == source.dtype:
+            torch.mul(source, column, out=target)
+        else:
+            target.copy_(source * column)
+    zero_one_(target, masks, index)

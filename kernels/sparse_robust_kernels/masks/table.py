@@ -13,6 +13,9 @@ from sparse_robust_kernels._dispatch import resolve
 WORDS = 64
 """Words of 32 bits that one program of a kernel handles: 2048 weights."""
 
+LONGEST_ROW = 1 << 30
+"""Elements of a row up to which a kernel finds the row of an element in 32 bits."""
+
 
 class MaskTable:
     """What to keep of each of many tensors, on their device, as one launch over all of them reads it.
@@ -46,8 +49,9 @@ class MaskTable:
         self._strides = [
             tensor.stride() if order is not None else None for tensor, order in zip(like, orders, strict=True)
         ]
-        flags = [self._ordered(index, mask) for index, mask in enumerate(keep)]
-        self._wide: list[Tensor] | None = flags if self.device.type == "cpu" else None
+        self.whole = [mask is None for mask in keep]
+        flags = [None if mask is None else self._ordered(index, mask) for index, mask in enumerate(keep)]
+        self._wide: list[Tensor | None] | None = flags if self.device.type == "cpu" else None
         if self._wide is None:
             self.words = self._pack(flags)
 
@@ -61,9 +65,12 @@ class MaskTable:
     def wide(self, index: int, dtype: torch.dtype) -> Tensor:
         """Return ``[numel]`` of a signed integer in the order of memory: -1, every bit set, where kept, else 0."""
         if self._wide is not None:
-            if self._wide[index].dtype != dtype:
-                self._wide[index] = self._wide[index].to(dtype)
-            return self._wide[index]
+            held = self._wide[index]
+            if held is None:
+                return torch.full((self.numels[index],), -1, dtype=dtype)
+            if held.dtype != dtype:
+                held = self._wide[index] = held.to(dtype)
+            return held
         first = sum(-(-numel // (32 * WORDS)) for numel in self.numels[:index])
         packed = self.words[first:].reshape(-1).view(torch.uint8)[: -(-self.numels[index] // 8)]
         keep: Tensor = resolve("masks.unpack_bits", "reference", self.device)(packed, self.numels[index])
@@ -94,20 +101,34 @@ class MaskTable:
         """Int64 ``[tensors]``: their numbers of elements."""
         return torch.tensor(self.numels, dtype=torch.int64, device=self.device)
 
-    def _ordered(self, index: int, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return torch.full((self.numels[index],), -1, dtype=torch.int8, device=self.device)
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Int32 ``[tensors]``: the numbers of elements of one row of each, see `rows_outermost`."""
+        lengths = [shape[1:].numel() for shape in self.shapes]
+        return torch.tensor([min(length, LONGEST_ROW) for length in lengths], dtype=torch.int32, device=self.device)
+
+    def rows_outermost(self, index: int) -> bool:
+        """Whether the rows ``tensor[i]`` follow each other in memory, and are short enough for the kernels."""
+        shape, order = self.shapes[index], self.orders[index]
+        outermost = bool(shape) and (shape[0] == 1 or order[:1] == (0,))
+        return outermost and shape[1:].numel() <= LONGEST_ROW
+
+    def _ordered(self, index: int, mask: Tensor) -> Tensor:
         squeezed = mask.detach().reshape([size for size in mask.shape if size != 1])
         rank = {axis: place for place, axis in enumerate(sorted(self.orders[index]))}
         # Contiguous and new, whatever the mask was: it is negated in place.
         ordered = squeezed.permute([rank[axis] for axis in self.orders[index]]).reshape(-1)
         return ordered.to(torch.int8, copy=True).neg_()
 
-    def _pack(self, wide: Sequence[Tensor]) -> Tensor:
+    def _pack(self, wide: Sequence[Tensor | None]) -> Tensor:
         if not wide:
             return torch.empty(0, WORDS, dtype=torch.int32, device=self.device)
         pack = resolve("masks.pack_bits", "reference", self.device)
-        padded = [torch.nn.functional.pad(flags != 0, (0, -len(flags) % (32 * WORDS))) for flags in wide]
+        kept = [
+            torch.ones(numel, dtype=torch.bool, device=self.device) if flags is None else flags != 0
+            for numel, flags in zip(self.numels, wide, strict=True)
+        ]
+        padded = [torch.nn.functional.pad(flags, (0, -len(flags) % (32 * WORDS))) for flags in kept]
         return torch.cat([pack(flags) for flags in padded]).view(torch.int32).view(-1, WORDS)
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_robust_kernels._dispatch import opaque, register
-from sparse_robust_kernels.masks.reference import zero_one_
+from sparse_robust_kernels.masks.reference import copy_one_, zero_one_
 from sparse_robust_kernels.masks.table import WORDS, MaskTable
 
 COUNTED = 1024
@@ -115,30 +115,66 @@ def _rounded(bits, TARGET: tl.constexpr):
 
 
 @triton.jit
-def copy_kernel(
-    sources, targets, sizes, blocks, words,
-    SOURCE: tl.constexpr, INTEGER: tl.constexpr, TARGET: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr,
+def _copy_part(
+    source, target, factors, offset, length, left, words,
+    TARGET: tl.constexpr, SCALED: tl.constexpr, TAIL: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Write the kept floats of ``sources`` to ``targets``, and +0.0 for the others; see `zero_kernel`."""
+    local = tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    inside = local < left
+    bits = tl.load(source + local, mask=inside, other=0) if TAIL else tl.load(source + local)
+    if SCALED:
+        row = (offset + local.to(tl.uint32)) // length
+        factor = tl.load(factors + row, mask=inside, other=1.0) if TAIL else tl.load(factors + row)
+        bits = (bits.to(tl.float32, bitcast=True) * factor).to(tl.int32, bitcast=True)
+    kept = _every_bit(words, WORDS).to(target.dtype.element_ty)
+    tl.store(target + local, _rounded(bits, TARGET) & kept, mask=inside if TAIL else None)
+
+
+@triton.jit
+def _copy_block(
+    source, target, factors, offset, length, left, words,
+    TARGET: tl.constexpr, SCALED: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Copy a block, of which ``left`` elements are there, and which begins ``offset`` elements into a row."""
+    if left >= WORDS * 32:
+        _copy_part(source, target, factors, offset, length, left, words, TARGET, SCALED, False, WORDS)
+    else:
+        _copy_part(source, target, factors, offset, length, left, words, TARGET, SCALED, True, WORDS)
+
+
+@triton.jit
+def copy_kernel(
+    sources, targets, scales, lengths, sizes, blocks, words,
+    SOURCE: tl.constexpr, INTEGER: tl.constexpr, TARGET: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """Write the kept floats of ``sources`` to ``targets``, and +0.0 for the others; see `zero_kernel`.
+
+    With SCALED, each row of ``lengths[i]`` elements of tensor i is multiplied by its number at the address
+    ``scales[i]``; 0 stands for no numbers.
+    """
     block = tl.program_id(0)
     owner = tl.load(blocks + 2 * block)
     first = tl.load(blocks + 2 * block + 1).to(tl.int64) * (WORDS * 32)
     address = tl.load(sources + owner)
     if address != 0:
-        size = tl.load(sizes + owner)
+        left = tl.load(sizes + owner) - first
         source = address.to(tl.pointer_type(SOURCE))
         target = tl.load(targets + owner).to(tl.pointer_type(INTEGER))
         if ALIGNED:
             source = tl.multiple_of(source, 16)
             target = tl.multiple_of(target, 16)
-        kept = _every_bit(words, WORDS).to(INTEGER)
-        element = first + tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-        if first + WORDS * 32 <= size:
-            tl.store(target + element, _rounded(tl.load(source + element), TARGET) & kept)
+        source += first
+        target += first
+        numbers = tl.load(scales + owner) if SCALED else tl.full([], 0, tl.int64)
+        if numbers != 0:
+            length = tl.load(lengths + owner)
+            row = first // length
+            offset = (first - row * length).to(tl.uint32)
+            factors = numbers.to(tl.pointer_type(tl.float32)) + row
+            _copy_block(source, target, factors, offset, length.to(tl.uint32), left, words, TARGET, SCALED, WORDS)
         else:
-            inside = element < size
-            bits = tl.load(source + element, mask=inside, other=0)
-            tl.store(target + element, _rounded(bits, TARGET) & kept, mask=inside)
+            _copy_block(source, target, source, 0, 1, left, words, TARGET, False, WORDS)
 
 
 @register("masks.pack_bits", "triton", devices=("cuda",))
@@ -205,37 +241,45 @@ def _zero(tensors: Sequence[Tensor], owners: Sequence[int], sizes: Tensor, block
 
 
 @register("masks.masked_copy", "triton", devices=("cuda",))
-def masked_copy(sources: Sequence[Tensor], masks: MaskTable, targets: Sequence[Tensor]) -> None:
+def masked_copy(
+    sources: Sequence[Tensor], masks: MaskTable, targets: Sequence[Tensor], scales: Sequence[Tensor | None]
+) -> None:
     """See `sparse_robust_kernels.masks.masked_copy`: one launch for each pair of types."""
     ready: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
     sources, targets = [source.detach() for source in sources], [target.detach() for target in targets]
-    for index, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        if not masks.in_memory_order(index, target):
-            zero_one_(target.copy_(source), masks, index)
+    for index, (source, target, scale) in enumerate(zip(sources, targets, scales, strict=True)):
+        if not masks.in_memory_order(index, target) or (scale is not None and not masks.rows_outermost(index)):
+            copy_one_(source, target, scale, masks, index)
         elif target.numel():
             if not masks.in_memory_order(index, source):
                 sources[index] = torch.empty_like(target, dtype=source.dtype).copy_(source)
             ready.setdefault((source.dtype, target.dtype), []).append(index)
     for owners in ready.values():
-        of = [sources[i] for i in owners], [targets[i] for i in owners]
-        _copy(*of, owners, masks.sizes, masks.blocks, masks.words)
+        scaled = [i for i in owners if scales[i] is not None]
+        _copy(
+            [sources[i] for i in owners], [targets[i] for i in owners], owners,
+            [scales[i].detach().contiguous() for i in scaled], scaled,  # type: ignore[union-attr]
+            masks.lengths, masks.sizes, masks.blocks, masks.words,
+        )  # fmt: skip
 
 
 @opaque("masks.masked_copy", fake=lambda *_: None, mutates=("targets",))
 def _copy(
     sources: Sequence[Tensor], targets: Sequence[Tensor], owners: Sequence[int],
-    sizes: Tensor, blocks: Tensor, words: Tensor,
+    scales: Sequence[Tensor], scaled: Sequence[int],
+    lengths: Tensor, sizes: Tensor, blocks: Tensor, words: Tensor,
 ) -> None:  # fmt: skip
-    """Copy tensors of one pair of types, which own these rows of the table."""
+    """Copy tensors of one pair of types, which own these rows of the table; ``scaled`` are the rows with a scale."""
     have, want = sources[0].dtype, targets[0].dtype
     from_, from_aligned = _addresses(sources, owners, sizes)
     to, to_aligned = _addresses(targets, owners, sizes)
+    factors = _addresses(scales, scaled, sizes)[0] if scales else from_
     with _on(words.device):
         copy_kernel[(len(words),)](
-            from_, to, sizes, blocks, words,
+            from_, to, factors, lengths, sizes, blocks, words,
             SOURCE=_INTEGER[have.itemsize], INTEGER=_INTEGER[want.itemsize],
             TARGET="same" if have == want else _CONVERTED[want],
-            ALIGNED=from_aligned and to_aligned, WORDS=WORDS,
+            SCALED=len(scales) > 0, ALIGNED=from_aligned and to_aligned, WORDS=WORDS,
         )  # fmt: skip
 
 
