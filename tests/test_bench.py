@@ -238,8 +238,8 @@ def test_gates_name_what_differs() -> None:
 
 
 OPERATIONS = [
-    "ceilings", "mask-storage", "masked-step", "masks", "optimizer-step", "pgd", "pgd-step", "robust-step", "select",
-    "training-step",
+    "ceilings", "mask-storage", "masked-step", "masks", "memory-format", "optimizer-step", "pgd", "pgd-step",
+    "replica-refresh", "robust-step", "select", "training-step",
 ]  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from sparse_robust.errors import UsageError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from sparse_robust.training.recipe import Recipe
+
 DIST_BN: dict[str, str] = {
     "broadcast": "every rank normalises by its own images; the running statistics of rank 0 are kept",
     "reduce": "every rank normalises by its own images; running statistics are averaged at the end of an epoch",
@@ -28,6 +30,13 @@ def compiler(accelerator: Accelerator) -> str | None:
     """Return the backend of torch.compile that Accelerate was told to use, or None."""
     backend = str(getattr(accelerator.state.dynamo_plugin.backend, "value", "NO"))
     return None if backend == "NO" else backend.lower()
+
+
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Give all 4-d parameters a memory format, in place; their values, names and identities stay."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def synchronise_batch_norm(model: nn.Module, accelerator: Accelerator) -> dict[str, nn.Module]:
@@ -91,14 +100,15 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def describe(accelerator: Accelerator, dist_bn: str, deterministic: bool) -> dict[str, Any]:
+def describe(accelerator: Accelerator, recipe: Recipe, channels_last: bool) -> dict[str, Any]:
     """Return by what means a run is computed, as JSON."""
     precision = accelerator.mixed_precision
     return {
         "device": accelerator.device.type,
         "ranks": accelerator.num_processes,
         "precision": "fp32" if precision in ("no", None) else precision,
+        "channels_last": channels_last,
         "compile": compiler(accelerator),
-        "dist_bn": dist_bn if accelerator.num_processes > 1 else None,
-        "deterministic": deterministic,
+        "dist_bn": recipe.dist_bn if accelerator.num_processes > 1 else None,
+        "deterministic": recipe.deterministic,
     }

@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+
+
+def on_cpu(state: State) -> State:
+    """Return copies on the CPU, contiguous as files hold them."""
+    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Selection:
             if best_value is None or value > best_value:
                 names.append(name)
         if names:
-            self.states[epoch] = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
+            self.states[epoch] = on_cpu(state)
         self.chosen.update(dict.fromkeys(names, candidate))
         kept = {selected.epoch for selected in self.chosen.values()}
         self.states = {at: tensors for at, tensors in self.states.items() if at in kept}

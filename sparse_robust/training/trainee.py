@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_robust.masks import Masks, unwrap
 from sparse_robust.pruning import Enforcement, enforce
 from sparse_robust.training.crafting import AttackTarget
-from sparse_robust.training.devices import compiler, put_back, synchronise_batch_norm
-from sparse_robust.training.selection import State
+from sparse_robust.training.devices import compiler, lay_out, put_back, synchronise_batch_norm
+from sparse_robust.training.selection import State, on_cpu
 from sparse_robust.training.sharding import Mirror, prepare, shards
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Trainee:
         ema: the moving average of the weights, or None.
         masks: the weights that stay at +0.0, or None; see `set_masks`.
         enforcement: what holds them there.
+        channels_last: whether 4-d weights lie so in memory.
         target: called with images, returns what training attacks on them act on.
         updates: how many updates of the weights the whole run makes.
     """
@@ -52,6 +53,9 @@ class Trainee:
         self.recipe, self.accelerator, self.masks = recipe, accelerator, masks
         model.to(accelerator.device)
         self._unsynchronised = synchronise_batch_norm(model, accelerator) if recipe.dist_bn == "sync" else {}
+        self.channels_last = recipe.channels_last and not shards(accelerator)
+        if self.channels_last:
+            lay_out(model, torch.channels_last)
         if masks is not None:
             masks.apply_(model)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
@@ -78,7 +82,7 @@ class Trainee:
 
     def kept_state(self) -> State:
         """Return the whole state of `kept`, on the CPU; called by every rank."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.kept.state_dict().items()}
+        return on_cpu(self.kept.state_dict())
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the networks that have weights of their own: ``inner``, and ``ema`` if there is one."""
@@ -124,6 +128,8 @@ class Trainee:
             self.enforcement.remove()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         put_back(self.inner, self._unsynchronised)
+        if self.channels_last:
+            lay_out(self.inner, torch.contiguous_format)
         if compiler(self.accelerator) is not None:
             torch.compiler.reset()  # what was compiled for this network is of no use to the next
         self.accelerator.free_memory()

@@ -123,7 +123,7 @@ class Trainer:
             task.close()
             self.log.close()
             self.trainee.release()
-        how = describe(self.accelerator, self.recipe.dist_bn, self.recipe.deterministic)
+        how = describe(self.accelerator, self.recipe, self.trainee.channels_last)
         return TrainResult(
             state.selection, state.history, state.stopped_by_guard, self._elapsed(),
             how={**how, "attack": self.trainee.target.describe()}, masks=self.trainee.masks,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import save_file
 
 from sparse_robust.errors import UsageError
 from sparse_robust.files import atomic_write
 from sparse_robust.training.hooks import Hook
+from sparse_robust.training.selection import on_cpu
 
 if TYPE_CHECKING:
     from sparse_robust.training.trainee import Trainee
@@ -48,8 +48,5 @@ class Trajectory(Hook):
         if not trainee.accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in trainee.inner.state_dict().items()
-        }
+        state = on_cpu(trainee.inner.state_dict())
         atomic_write(self.folder / f"{epoch:03d}.safetensors", lambda path: save_file(state, path))

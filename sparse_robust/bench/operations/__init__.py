@@ -4,11 +4,24 @@ from sparse_robust.bench.operations import (
     kernels,
     mask_storage,
     masked_step,
+    memory_format,
     optimizer_step,
     pgd,
+    replica_refresh,
     robust_step,
     select,
     training_step,
 )
 
-__all__ = ["kernels", "mask_storage", "masked_step", "optimizer_step", "pgd", "robust_step", "select", "training_step"]
+__all__ = [
+    "kernels",
+    "mask_storage",
+    "masked_step",
+    "memory_format",
+    "optimizer_step",
+    "pgd",
+    "replica_refresh",
+    "robust_step",
+    "select",
+    "training_step",
+]
