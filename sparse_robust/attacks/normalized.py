@@ -19,7 +19,7 @@ from sparse_robust_kernels.pgd_step import linf_step_normalized
 from sparse_robust_kernels.pgd_step.layout import memory_format
 
 if TYPE_CHECKING:
-    from sparse_robust.attacks.pgd import Ascent
+    from sparse_robust.attacks.iterated import Iteration
     from sparse_robust.attacks.replica import Replica
 
 
@@ -61,7 +61,7 @@ def find_normalization(module: nn.Module) -> Normalization | None:
 
 
 def climb_normalized(
-    procedure: Ascent, replica: Replica, normalization: Normalization, task: Task, shown: Tensor, losses: Losses
+    procedure: Iteration, replica: Replica, normalization: Normalization, task: Task, shown: Tensor, losses: Losses
 ) -> Tensor:
     """Return the last iterates of plain sign steps from ``shown``, laid out like it.
 

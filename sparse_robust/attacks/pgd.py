@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import InitVar, dataclass, field, replace
-from typing import Any
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparse_robust.attacks.base import EngineAttack
 from sparse_robust.attacks.budget import Budget, parse_eps
-from sparse_robust.attacks.context import MODES, Model, attack_context
-from sparse_robust.attacks.inputs import check_labels, prepare, recording
+from sparse_robust.attacks.iterated import IteratedAttack, check_iterated, take_alpha
 from sparse_robust.attacks.losses import LOSSES, kl
-from sparse_robust.attacks.normalized import climb_normalized
 from sparse_robust.attacks.norms import NORMS
-from sparse_robust.attacks.passes import differentiate, full_precision
 from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, per_row
-from sparse_robust.attacks.replica import Replica
-from sparse_robust.errors import UsageError, unknown
+from sparse_robust.errors import UsageError
 from sparse_robust.seeding import derive_seed
-from sparse_robust_kernels.rng import signed
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(EngineAttack):
+class PGD(IteratedAttack):
     """Projected gradient descent (Madry et al., Towards deep learning models resistant to adversarial attacks, 2018).
 
     From x, or a random point of the ball, ``steps`` steps up the loss, each projected back into ball and box. The noise
@@ -96,43 +88,6 @@ class PGD(EngineAttack):
         """Return the attack within a budget."""
         return Ascent(self, budget)
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, eps: str | float, ids: Tensor | None = None) -> Tensor:
-        """Return the last iterates, like x, inside the budget, without graph: what training uses.
-
-        With one restart this makes ``steps`` forward and backward passes (with loss ``kl`` one more forward pass), on
-        the batch as it is, and never waits for a GPU; values of images and labels are therefore checked on the CPU
-        only. On a replica that captures, all of it is one CUDA graph; see `make_replica`. With several restarts it is
-        `run`, which takes the same arguments.
-
-        Raises:
-            UsageError: also for a replica in another batch-norm mode than this attack's.
-        """
-        replica = model if isinstance(model, Replica) and model.module is not None else None
-        if replica is not None and replica.mode != self.mode:
-            raise UsageError(
-                f"the attack works in mode {self.mode!r}, but the replica is in {replica.mode!r}: make the replica "
-                f"with mode={self.mode!r}, or attack the model itself."
-            )
-        if self.n_restarts > 1 or self.eot_iter > 1:
-            return self.run(model, x, y, eps=eps, ids=ids).images
-        budget = Budget(self.norm, parse_eps(eps))
-        procedure = self.prepare(budget, 0)
-
-        def craft(x: Tensor, y: Tensor, ids: Tensor, *key: Tensor) -> Tensor:
-            if key:
-                procedure.key = key[0]
-            task = Task(x, y, ids, full_precision(model(x)) if self.loss == "kl" else x.new_empty(len(x), 0))
-            return climb(procedure, model, task, check=x.device.type == "cpu" and not key)
-
-        with recording(), torch.no_grad(), attack_context(model, self.mode):
-            x, y, ids = prepare(x, y, ids, budget, wait=False)
-            if not len(x):
-                return x.clone()
-            if replica is None or replica.graphs is None:
-                return craft(x, y, ids)
-            key = torch.full((), signed(int(procedure.key), 64), device=x.device)
-            return replica.graphs.run((replace(self, seed=0), budget), craft, (x, y, ids, key))
-
     def resolve_step_size(self, eps: float) -> float:
         """Return the length of one step within radius eps."""
         return self._default_step_size(eps) if self.step_size is None else parse_eps(self.step_size)
@@ -141,52 +96,18 @@ class PGD(EngineAttack):
         return 2.5 * eps / max(1, self.steps)
 
 
-def check_iterated(attack: Any, **choices: Collection[str]) -> None:
-    """Check what attacks that take ``steps`` steps have in common.
-
-    Args:
-        attack: has ``steps``, ``n_restarts``, ``eot_iter``, ``random_start``, ``mode`` and ``keep``.
-        choices: known values of further fields.
-
-    Raises:
-        UsageError: naming the field, what is expected of it, and what came.
-    """
-    choices |= {"mode": MODES, "keep": ("first", "last")}
-    for kind, known in choices.items():
-        if getattr(attack, kind) not in known:
-            raise unknown(f"attack {kind}", getattr(attack, kind), known)
-    for name, least in (("steps", 0), ("n_restarts", 1), ("eot_iter", 1)):
-        count = getattr(attack, name)
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise UsageError(f"{name} must be an integer of at least {least}, got {count!r}.")
-    if attack.n_restarts > 1 and not attack.random_start:
-        raise UsageError(f"{attack.n_restarts} restarts without a random start repeat one attack; set random_start.")
-
-
-def take_alpha(attack: Any, alpha: str | float | None, *, unset: str | None) -> None:
-    """Take ``alpha``, another name, as the step size of a frozen attack; ``unset`` is its value where none was given.
-
-    Raises:
-        UsageError: if both names were given, with different values.
-    """
-    if alpha is None:
-        return
-    if attack.step_size not in (unset, alpha):
-        raise UsageError(f"alpha is another name for step_size, got both: {alpha!r} and {attack.step_size!r}.")
-    object.__setattr__(attack, "step_size", alpha)
-
-
 class Ascent:
     """The procedure of PGD: start, go up along `direction`, `project`."""
 
     gradient = True
     inside = True
+    key: int | Tensor
 
     def __init__(self, attack: PGD, budget: Budget) -> None:
         self.attack, self.budget, self.runs = attack, budget, attack.n_restarts
         self.still = attack.steps == 0
         self.step_size = attack.resolve_step_size(budget.eps)
-        self.key: int | Tensor = derive_seed(int(attack.seed), "pgd")
+        self.key = derive_seed(int(attack.seed), "pgd")
         self.along_signs = budget.norm == "Linf" and not attack.momentum
 
     def start(self, task: Task, run: Tensor) -> Rows:
@@ -226,33 +147,6 @@ class Ascent:
         return {"shown": self.project(task, rows["shown"], upwards), "step": step, **remembered}, (
             step >= self.attack.steps
         )
-
-
-def climb(procedure: Ascent, model: Model, task: Task, *, check: bool) -> Tensor:
-    """Return the last iterates of one run on a batch as it is, without ever waiting for a device.
-
-    Args:
-        check: read the labels' range back, once: not on a GPU.
-    """
-    rows = procedure.start(task, torch.zeros_like(task.y))
-
-    def losses(logits: Tensor) -> Tensor:
-        nonlocal check
-        if check:
-            check_labels(task.y, logits)
-            check = False
-        return procedure.losses(logits, task, rows)
-
-    def look(images: Tensor) -> Tensor:
-        return full_precision(model(images))
-
-    if isinstance(model, Replica) and procedure.along_signs:
-        normalization = model.normalization
-        if normalization is not None and normalization.fits(task.x):
-            return climb_normalized(procedure, model, normalization, task, rows["shown"], losses)
-    for _ in range(procedure.attack.steps):
-        rows, _ = procedure.advance(task, rows, differentiate(model, rows["shown"], losses), look)
-    return rows["shown"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from sparse_robust.attacks.apgd import APGD
 from sparse_robust.attacks.apgd_ascent import MOMENTUM, AdaptiveAscent
-from sparse_robust.attacks.base import EngineAttack
 from sparse_robust.attacks.budget import Budget, parse_eps
 from sparse_robust.attacks.context import Model, attack_context
+from sparse_robust.attacks.iterated import IteratedAttack, check_iterated, take_alpha
 from sparse_robust.attacks.losses import LOSSES, cross_entropy
 from sparse_robust.attacks.passes import full_precision
-from sparse_robust.attacks.pgd import check_iterated, take_alpha
 from sparse_robust.attacks.procedure import Look, Rows, Seen, Task, per_row, where_row
 from sparse_robust.errors import UsageError
 from sparse_robust.seeding import derive_seed
@@ -40,7 +39,7 @@ _LARGEST_STEP = 1e36  # far from where single precision overflows
 
 
 @dataclass(frozen=True, kw_only=True)
-class RGD(EngineAttack):
+class RGD(IteratedAttack):
     """Raw gradient descent (Yang et al., Rethinking PGD attack: is sign function necessary?, 2023), in Linf.
 
     A hidden perturbation h, zero at first, moves by step_size * gradient and is never clipped; the model is shown
@@ -123,6 +122,8 @@ class HiddenAscent:
 
     gradient = True
     inside = True
+    along_signs = False  # it remembers where it was before it was clipped
+    key: int | Tensor
 
     def __init__(self, attack: RGD, budget: Budget) -> None:
         self.attack, self.budget, self.runs = attack, budget, attack.n_restarts

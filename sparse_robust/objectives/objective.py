@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparse_robust.attacks import PGD, Model
+from sparse_robust.attacks import Model
+from sparse_robust.attacks.iterated import IteratedAttack
 from sparse_robust.masks import unwrap
 from sparse_robust.objectives.losses import Loss, cross_entropy
 from sparse_robust.objectives.mixing import Mixing
@@ -30,7 +31,7 @@ class Objective:
     """
 
     loss: Loss = cross_entropy
-    attack: PGD | None = None
+    attack: IteratedAttack | None = None
     eps: float = 0.0
     mixing: Mixing | None = None
     perturbation: WeightPerturbation | None = None
@@ -58,7 +59,8 @@ class Objective:
         if self.mixing is not None:
             return self.mixing(x, y, ids, seed)
         if self.attack is not None:
-            return replace(self.attack, seed=seed)(target, x, y, eps=self.eps, ids=ids), y
+            attack = replace(self.attack, seed=seed)  # type: ignore[type-var]
+            return attack(target, x, y, eps=self.eps, ids=ids), y
         return x, y
 
     @contextmanager

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sparse_robust.attacks import FGSM, PGD, parse_eps
+from sparse_robust.attacks import FGSM, PGD, RGD, parse_eps
+from sparse_robust.attacks.iterated import IteratedAttack
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.objectives.crafting import NFGSM, NearPGD
 from sparse_robust.objectives.free import FreeObjective
@@ -23,9 +24,12 @@ class Settings:
 
     Attributes:
         eps: radius of the training attack.
-        norm: Linf, L2 or L1; n-fgsm and free know Linf alone.
+        norm: Linf, L2 or L1; n-fgsm, free and rgd know Linf alone.
         steps: of the attack, where the regime does not fix them.
-        step_size: None is the regime's own: 2.5 eps / steps, of one step 1.25 eps (fast) or eps (n-fgsm, free).
+        step_size: None is the regime's own: 2.5 eps / steps, of one step 1.25 eps (fast) or eps (n-fgsm, free), and of
+            rgd one that fits each image's gradient, see `RGD`.
+        random_start: whether the attack starts at a random point of the ball, for fast, adversarial and rgd; None is
+            as published: at random, but rgd at the image.
         mode: batch norm while crafting, see `attack_context`; trades and mart craft in ``eval``, as published.
         label_smoothing: mass spread over all classes by the cross-entropy; attacks maximise the plain one.
         beta: weight of the second term of trades and mart; None is the published one, 6 and 5.
@@ -39,6 +43,7 @@ class Settings:
     norm: str = "Linf"
     steps: int = 10
     step_size: str | float | None = None
+    random_start: bool | None = None
     mode: str = "eval"
     label_smoothing: float = 0.0
     beta: float | None = None
@@ -59,6 +64,10 @@ class Settings:
     def perturbation(self) -> WeightPerturbation | None:
         """Return the weight perturbation that is asked for, if any."""
         return WeightPerturbation(self.awp) if self.awp else None
+
+    def starts_at_random(self, published: bool = True) -> bool:
+        """Return whether an attack that may start at the image or at random does the latter."""
+        return published if self.random_start is None else self.random_start
 
     def pgd(self, kind: type[PGD], **options: Any) -> PGD:
         """Return an attack of these numbers."""
@@ -99,14 +108,14 @@ def _standard(given: Settings) -> Objective:
     return Objective(loss=partial(cross_entropy, label_smoothing=given.label_smoothing), mixing=mixing)
 
 
-def _attacking(given: Settings, attack: PGD, loss: Callable[..., Any], **options: float) -> Objective:
+def _attacking(given: Settings, attack: IteratedAttack, loss: Callable[..., Any], **options: float) -> Objective:
     _no_mixing(given)
     taken: Loss = partial(loss, label_smoothing=given.label_smoothing, **options)
     return Objective(loss=taken, attack=attack, eps=given.eps, perturbation=given.perturbation())
 
 
 def _fast(given: Settings) -> Objective:
-    return _attacking(given, given.pgd(FGSM), cross_entropy)
+    return _attacking(given, given.pgd(FGSM, random_start=given.starts_at_random()), cross_entropy)
 
 
 def _n_fgsm(given: Settings) -> Objective:
@@ -114,7 +123,16 @@ def _n_fgsm(given: Settings) -> Objective:
 
 
 def _adversarial(given: Settings) -> Objective:
-    return _attacking(given, given.pgd(PGD, steps=given.steps), cross_entropy)
+    return _attacking(given, given.pgd(PGD, steps=given.steps, random_start=given.starts_at_random()), cross_entropy)
+
+
+def _rgd(given: Settings) -> Objective:
+    step_size = "auto" if given.step_size is None else given.step_size
+    attack = RGD(
+        norm=given.norm, steps=given.steps, step_size=step_size, mode=given.mode,
+        random_start=given.starts_at_random(published=False),
+    )  # fmt: skip
+    return _attacking(given, attack, cross_entropy)
 
 
 def _trades(given: Settings) -> Objective:
@@ -185,6 +203,13 @@ REGIMES: dict[str, Regime] = {
             _all,
         ),
         Regime(
+            "rgd",
+            "Cross-entropy on the last iterate of raw gradient descent, clipped only where the network sees it.",
+            "Yang et al.: Rethinking PGD attack: is sign function necessary? (2023)",
+            _rgd,
+            _all,
+        ),
+        Regime(
             "free",
             "Cross-entropy, every batch several times, under a perturbation that each backward pass moves (Free-AT).",
             "Shafahi et al.: Adversarial training for free! (2019)",
@@ -213,6 +238,10 @@ REGIMES: dict[str, Regime] = {
 """Every regime, by name."""
 
 
+_STARTS = ("fast", "adversarial", "rgd")
+"""Regimes whose attack may start at the image or at random."""
+
+
 def build_objective(regime: str, **settings: Any) -> Objective:
     """Return the objective of a regime by name; ``settings`` are the fields of `Settings`.
 
@@ -221,4 +250,10 @@ def build_objective(regime: str, **settings: Any) -> Objective:
     """
     if regime not in REGIMES:
         raise unknown("regime", regime, REGIMES)
-    return REGIMES[regime].build(Settings(**settings))
+    given = Settings(**settings)
+    if given.random_start is not None and regime not in _STARTS:
+        raise UsageError(
+            f"random_start is an option of the regimes {', '.join(_STARTS)}; leave it out for {regime}, whose start is "
+            "as published."
+        )
+    return REGIMES[regime].build(given)

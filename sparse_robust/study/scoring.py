@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparse_robust.study.config import EvaluationConfig, FinderConfig
     from sparse_robust.study.context import Context
 
-MULTI_STEP = ("adversarial", "trades", "mart")
+MULTI_STEP = ("adversarial", "rgd", "trades", "mart")
 """Regimes whose step size is that of one of several steps."""
 
 

@@ -23,7 +23,7 @@ class Recipe:
     ``8/255``."""
 
     regime: str = "standard"
-    """How it trains: standard, fast, n-fgsm, adversarial, free, trades, mart."""
+    """How it trains: standard, fast, n-fgsm, adversarial, rgd, free, trades, mart."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 128
@@ -61,10 +61,13 @@ class Recipe:
     norm: str = "Linf"
     """Norm of the attacks."""
     steps: int = 10
-    """Steps of the training attack (adversarial, trades, mart)."""
+    """Steps of the training attack (adversarial, rgd, trades, mart)."""
     step_size: str | float | None = None
-    """Step of the training attack; None means 2.5 eps / steps, and for a single step 1.25 eps (fast) or eps (n-fgsm,
-    free)."""
+    """Step of the training attack; None means 2.5 eps / steps, for a single step 1.25 eps (fast) or eps (n-fgsm,
+    free), and for rgd one that fits each image's gradient."""
+    random_start: bool | None = None
+    """Whether the attack of fast, adversarial and rgd starts at a random point of the ball; None is as published: at
+    random, but rgd at the image."""
     attack_mode: str = "train_frozen"
     """Batch normalisation while crafting training examples: eval, train (running statistics move too) or
     train_frozen. trades and mart craft in eval mode, as published; free has no crafting of its own."""
@@ -154,6 +157,7 @@ class Recipe:
             norm=self.norm,
             steps=self.steps,
             step_size=self.step_size,
+            random_start=self.random_start,
             mode=self.attack_mode,
             label_smoothing=self.label_smoothing,
             beta=self.beta,

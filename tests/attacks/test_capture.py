@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparse_robust.attacks import FGSM, PGD
+from sparse_robust.attacks import FGSM, PGD, RGD
 from sparse_robust.attacks.capture import MOST, Graphs
 from sparse_robust.attacks.replica import Replica, make_replica
 from sparse_robust.errors import UsageError
@@ -64,11 +64,13 @@ ATTACK = PGD(steps=3, step_size="2/255")
         PGD(steps=0),
         NFGSM(),
         NearPGD(steps=2, loss="kl"),
+        RGD(steps=2),
+        RGD(steps=2, step_size=10.0, random_start=True, recursion="clipped"),
     ],
     ids=lambda attack: f"{attack.name}-{attack.norm}-{attack.loss}",
 )
 def test_replays_with_other_inputs_keys_and_weights_are_the_attack_itself(
-    attack: PGD, trained: Any, captured: Replica, recorder: Recorder
+    attack: PGD | RGD, trained: Any, captured: Replica, recorder: Recorder
 ) -> None:
     model, x, y, ids = trained
     plain, eps = make_replica(model, x), 0.1 if attack.norm == "Linf" else 1.5

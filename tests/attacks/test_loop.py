@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_robust.attacks import LOSSES, PGD, Budget, attack_context
+from sparse_robust.attacks.iterated import climb
 from sparse_robust.attacks.passes import differentiate
-from sparse_robust.attacks.pgd import climb
 from sparse_robust.attacks.procedure import Task
 from sparse_robust.errors import UsageError
 

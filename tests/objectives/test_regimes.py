@@ -20,7 +20,7 @@ EPS = 0.1
 
 def test_every_regime_has_its_line_and_gives_gradients(make_net: Callable[..., nn.Module], batch: Batch) -> None:
     x, y, ids = batch
-    assert list(REGIMES) == ["standard", "fast", "n-fgsm", "adversarial", "free", "trades", "mart"]
+    assert list(REGIMES) == ["standard", "fast", "n-fgsm", "adversarial", "rgd", "free", "trades", "mart"]
     for name, regime in REGIMES.items():
         assert regime.name == name and regime.description.endswith(".") and regime.source
         net = make_net()
@@ -110,6 +110,32 @@ def test_noise_is_a_function_of_seed_and_id(regime: str, make_net: Callable[...,
     assert not torch.equal(whole, other)
 
 
+def test_rgd_crafts_as_its_authors_wrote_it(make_net: Callable[..., nn.Module], batch: Batch) -> None:
+    x, y, ids = batch
+    net = make_net().eval()
+    shown, _ = build_objective("rgd", eps=EPS, steps=3, step_size=20.0).craft(net, x, y, ids, seed=0)
+    hidden = torch.zeros_like(x)
+    for _ in range(3):
+        leaf = (x + hidden.clamp(-EPS, EPS)).clamp(0, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf), y, reduction="sum"), leaf)
+        hidden = hidden + 20.0 * gradient
+    torch.testing.assert_close(shown, (x + hidden.clamp(-EPS, EPS)).clamp(0, 1), rtol=0, atol=1e-6)
+    assert (hidden.abs() > 2 * EPS).any() and ((shown - x).abs() < 0.9 * EPS).any(), "neither clipped nor all corners"
+
+
+def test_where_an_attack_starts(make_net: Callable[..., nn.Module], batch: Batch) -> None:
+    x, y, ids = batch
+    published = {name: build_objective(name, eps=EPS).attack for name in ("fast", "adversarial", "rgd")}
+    assert [attack.random_start for attack in published.values() if attack is not None] == [True, True, False]
+    net = make_net().eval()
+    for name in published:
+        starts = [
+            build_objective(name, eps=EPS, steps=1, random_start=random, step_size=0.0).craft(net, x, y, ids, seed=0)[0]
+            for random in (False, True)
+        ]
+        assert torch.equal(starts[0], x) and not torch.equal(starts[1], x)
+
+
 def test_published_numbers_are_the_defaults() -> None:
     assert build_objective("trades", eps="8/255").loss.keywords["beta"] == 6.0  # type: ignore[attr-defined]
     assert build_objective("mart", eps="8/255").loss.keywords["beta"] == 5.0  # type: ignore[attr-defined]
@@ -125,6 +151,8 @@ def test_published_numbers_are_the_defaults() -> None:
         ("adversarial", {"mixup": 0.2}, "mixup and cutmix are options of the regime standard"),
         ("free", {"cutmix": 1.0}, "mixup and cutmix are options of the regime standard"),
         ("free", {"norm": "L2"}, "free is defined for the norm Linf"),
+        ("rgd", {"norm": "L2"}, "RGD is defined in norm Linf"),
+        ("trades", {"random_start": False}, "random_start is an option of the regimes fast, adversarial, rgd; leave"),
         ("n-fgsm", {"norm": "L2"}, "N-FGSM is defined for the norm Linf"),
         ("free", {"replays": 0}, "replays must be at least 1, got 0"),
         ("trades", {"beta": -1.0}, "beta must be 0 or more, got -1.0"),

@@ -150,8 +150,17 @@ def test_what_a_finder_refuses(config: dict[str, Any], message: str) -> None:
 def test_what_a_regime_costs() -> None:
     costs = {
         regime: passes_per_image(Recipe(regime=regime, steps=10))
-        for regime in ("standard", "fast", "n-fgsm", "adversarial", "free", "trades", "mart")
+        for regime in ("standard", "fast", "n-fgsm", "adversarial", "rgd", "free", "trades", "mart")
     }
-    assert costs == {"standard": 1, "fast": 2, "n-fgsm": 2, "adversarial": 11, "free": 1, "trades": 12, "mart": 12}
+    assert costs == {
+        "standard": 1,
+        "fast": 2,
+        "n-fgsm": 2,
+        "adversarial": 11,
+        "rgd": 11,
+        "free": 1,
+        "trades": 12,
+        "mart": 12,
+    }
     assert passes_per_image(Recipe(regime="adversarial", steps=10, awp=0.01)) == 12
     assert passes_per_image(Recipe(regime="trades", steps=10, awp=0.005)) == 14
