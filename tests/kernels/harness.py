@@ -1,8 +1,8 @@
 """Triton kernels without a GPU: compiled to sm_90 machine code and measured, and run in the interpreter.
 
 The interpreter is chosen when a kernel is decorated, so it needs a process of its own: one worker for each process of
-tests, started with ``TRITON_INTERPRET=1`` on first use. In it every test starts from the same seeds, and torch.empty
-gives poison.
+tests, started with ``TRITON_INTERPRET=1`` on first use. In it every test starts from the same seeds, torch.empty gives
+poison, and the sanitizer watches every launch.
 """
 
 from __future__ import annotations
@@ -74,8 +74,11 @@ def compile_sm90(
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     source = ASTSource(kernel, types, constexprs, attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return read(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options))
 
+
+def read(compiled: Any) -> Compiled:
+    """Return what the machine code of a compiled kernel uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -167,6 +170,9 @@ def _worker() -> _Worker:
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     import torch
 
+    from tests.kernels import sanitizer
+
+    sanitizer.install()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
