@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from sparse_robust import __version__
 from sparse_robust.cli import main
@@ -139,6 +140,8 @@ def test_dry_run_lists_cells_and_cost_without_data_or_folder(run, tmp_path: Path
 def test_doctor_finds_this_machine_fit(run) -> None:
     answer = run("doctor")
     assert answer.status == 0 and "embedded data" in answer.out and "fails" not in answer.out
+    words = " ".join(answer.out.replace("│", " ").split())
+    assert "masks, optim, rng, select: reference; pgd_step: reference, compile" in words or torch.cuda.is_available()
 
 
 def test_no_verb_prints_the_help(run) -> None:

@@ -92,7 +92,12 @@ def _kernels() -> tuple[str, str]:
     from sparse_robust_kernels import backends, operations
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return GOOD, "; ".join(f"{op}: {', '.join(backends(op, device))}" for op in operations())
+    alike: dict[tuple[str, ...], dict[str, None]] = {}  # folders of operations, by the backends that run here
+    for op in operations():
+        alike.setdefault(backends(op, device), {})[op.partition(".")[0]] = None
+    found = "; ".join(f"{', '.join(folders)}: {', '.join(names)}" for names, folders in alike.items())
+    state = GOOD if device == "cpu" or any("triton" in names for names in alike) else BAD
+    return state, f"{found} (on {device}, the automatic choice first)"
 
 
 def _embedded() -> tuple[str, str]:

@@ -83,7 +83,7 @@ class Recipe:
     """Whether training attacks act on a frozen replica of the network (folded batch norms in mode eval, channels last,
     bf16 under bf16 training, one CUDA graph): auto, always or never."""
     channels_last: bool = True
-    """Whether convolutions hold their weights with channels last while they train, which is faster on GPUs and CPUs.
+    """Whether convolutions hold their weights with channels last while they train, as the libraries below want them.
     Sharded weights stay as they are."""
     dist_bn: str = "broadcast"
     """Batch normalisation over several ranks: broadcast (each its own images, running statistics of rank 0), reduce
