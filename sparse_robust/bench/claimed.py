@@ -46,7 +46,9 @@ PRODUCT = Figure("ceilings", "8192x8192x8192 bf16 product", "matmul", "per_secon
 BANDWIDTH = 0.85  # of the copy's
 NOISE = 0.97  # two runs of the same kernel differ by as much
 
-# Kernels that memory bounds, at their largest size, with the case of the operation that times them.
+# Kernels at their largest size, with the case of the operation that times them. All are bound by memory but those of
+# ARITHMETIC, whose instructions take longer than their bytes (tests/kernels/test_sass.py counts them).
+ARITHMETIC = {"pgd_step.l2_random_start, 256x3x224x224"}
 KERNELS = {
     "pgd-step": (
         "pgd_step.linf_step, 256x3x224x224",
@@ -75,7 +77,7 @@ def of_kernel(operation: str, case: str) -> tuple[Claim, Claim]:
     return (
         Claim(
             "cuda", f"{name}: share of the copy bandwidth", replace(ours, column="per_second"), COPY,
-            at_least=BANDWIDTH, form="{:.0%}",
+            at_least=None if case in ARITHMETIC else BANDWIDTH, form="{:.0%}",
         ),
         Claim("cuda", f"{name}: torch.compile / ours", replace(ours, route="torch.compile"), ours, at_least=NOISE),
     )  # fmt: skip

@@ -57,6 +57,9 @@ def check_packing(device: str) -> None:
     assert unpack_bits(packed[:0].to(device), 0, "triton").shape == (0,)
     every_word = torch.arange(65_536).to(torch.uint16).view(torch.uint8)
     assert int(count_bits(every_word.to(device), "triton")) == 16 * 32_768
+    flags = unpack_bits(every_word.to(device), 16 * 65_536, "triton")
+    assert same(flags, unpack_bits(every_word, 16 * 65_536, "reference"))
+    assert same(pack_bits(flags, "triton"), every_word)
 
 
 def laid_out(shape: tuple[int, ...], index: int) -> torch.memory_format:
@@ -243,7 +246,7 @@ def kernels() -> dict[str, tuple[str, dict[str, str], dict[str, object], int]]:
     """Kernel, types, constants, and the most registers it may use, by name."""
     import triton.language as tl
 
-    from sparse_robust_kernels.masks.triton import COUNTED, WORDS
+    from sparse_robust_kernels.masks.triton import COUNTED, HALVES, WORDS
 
     table = {"sizes": "*i64", "blocks": "*i32", "words": "*i32"}
     zero = {"addresses": "*i64", **table}
@@ -259,8 +262,8 @@ def kernels() -> dict[str, tuple[str, dict[str, str], dict[str, object], int]]:
         "copy fp32": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f32, "TARGET": "same", **plain}, 96),
         "scaled to bf16": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f16, "TARGET": "bf16", **scaled}, 96),
         "scaled fp32": ("copy_kernel", copy, {"SOURCE": f32, "INTEGER": f32, "TARGET": "same", **scaled}, 96),
-        "pack": ("pack_kernel", {"keep": "*u8", "words": "*i32", "numel": "i64"}, {"WORDS": WORDS}, 48),
-        "unpack": ("unpack_kernel", {"words": "*i32", "keep": "*u8", "numel": "i64"}, {"WORDS": WORDS}, 48),
+        "pack": ("pack_kernel", {"keep": "*u8", "halves": "*i16", "numel": "i64"}, {"HALVES": HALVES}, 32),
+        "unpack": ("unpack_kernel", {"halves": "*i16", "keep": "*u8", "numel": "i64"}, {"HALVES": HALVES}, 32),
         "count": ("count_kernel", {"words": "*i32", "count": "*i64", "numel": "i64"}, {"BLOCK": COUNTED}, 32),
     }
 
@@ -274,7 +277,8 @@ def test_machine_code_for_an_h200(name: str) -> None:
     kernel, types, constants, registers = kernels()[name]
     compiled = compile_sm90(getattr(module, kernel), types, constants, unaligned=["numel"])
     assert compiled.spill_bytes == 0 and compiled.registers <= registers, compiled.registers
-    assert compiled.shared_bytes <= 1024
+    # Before Triton 3.8, rows of a scaled copy change their layout on the way.
+    assert compiled.shared_bytes <= (4096 if "scaled" in name else 1024)
     if name != "unpack":  # which reads an eighth of what it writes
         assert 128 in compiled.load_widths
     if name not in ("pack", "count"):  # which write an eighth of what they read, or next to nothing

@@ -14,7 +14,8 @@ from torch import Tensor
 from sparse_robust_kernels import select
 from sparse_robust_kernels.masks import count_bits, pack_bits, unpack_bits
 
-tl = pytest.importorskip("triton.language", reason="needs triton")
+triton = pytest.importorskip("triton", reason="needs triton")
+tl = triton.language
 
 from sparse_robust_kernels.select import triton as kernels  # noqa: E402
 from tests.kernels.harness import Compiled, compile_sm90, interpret  # noqa: E402
@@ -59,7 +60,7 @@ def check(tensors: list[Tensor], keep: list[Tensor | None], magnitude: bool) -> 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["ties", "wild"])
 def test_odd_shapes_equal_the_reference(kind: str, dtype: torch.dtype, magnitude: bool) -> None:
-    tensors = some([1, 7, 0, 1000, 2048, 4100], dtype, kind)
+    tensors = some([1, 7, 0, 1000, 2048, 4095], dtype, kind)  # one less than whole blocks, too
     check(tensors, masks_of(tensors), magnitude)
 
 
@@ -119,6 +120,27 @@ def test_nan_is_named_unless_it_is_pruned() -> None:
             assert all(torch.equal(got, mask) for got, mask in zip(left, reference, strict=True))
 
 
+@interpret
+@pytest.mark.parametrize("magnitude", [True, False])
+def test_what_removes_nothing_leaves_nan(magnitude: bool) -> None:
+    tensors = [torch.cat([torch.tensor([NAN, -NAN, INFINITY, -INFINITY, 0.0, -0.0]), torch.randn(5000)])]
+    keep: list[Tensor | None] = [pack_bits(torch.arange(5006) % 7 != 5)]
+    for mask, expected in ((None, pack_bits(torch.ones(5006, dtype=torch.bool))), (keep[0], keep[0])):
+        left = select.remove_lowest(tensors, 0, [mask], magnitude=magnitude, backend="triton")
+        assert torch.equal(left[0], expected)
+
+
+@interpret
+@pytest.mark.parametrize("take", [4097, 8193, 9000])
+def test_all_ties_of_a_block_go_or_stay_together(take: int) -> None:
+    """Blocks that lie wholly before or behind the last tie that goes."""
+    tensors = [torch.cat([torch.ones(9000), torch.full((4000,), 2.0)]).roll(100), torch.ones(4096)]
+    for magnitude in (True, False):
+        left = select.remove_lowest(tensors, take, magnitude=magnitude, backend="triton")
+        expected = select.remove_lowest(tensors, take, magnitude=magnitude, backend="reference")
+        assert all(torch.equal(got, mask) for got, mask in zip(left, expected, strict=True))
+
+
 class Shards:
     """Threads that sum counts over each other as processes do, one of them running at a time."""
 
@@ -172,6 +194,7 @@ def test_what_cannot_be_honoured_is_refused() -> None:
 
 
 COMMON = {"table": "*i64", "owners": "*i32"}
+COUNTS_IN_REGISTERS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 
 
 def compiled(name: str, dtype: tl.dtype, **more: bool) -> Compiled:
@@ -181,7 +204,7 @@ def compiled(name: str, dtype: tl.dtype, **more: bool) -> Compiled:
         "count": {"counts": "*i32", "key": "i32"},
         "remove": {"ties": "*i64", "key": "i32"},
     }
-    options = {"TYPE": dtype, "ALIGNED": True, "BLOCK": kernels.BLOCK_BYTES * 8 // dtype.primitive_bitwidth, **more}
+    options = {"TYPE": dtype, "ALIGNED": True, "BLOCK": kernels.BLOCK, **more}
     if name == "histogram":
         options["BINS"] = kernels.BINS
     numbers = [argument for argument, kind in own[name].items() if kind == "i32"]
@@ -194,20 +217,22 @@ def compiled(name: str, dtype: tl.dtype, **more: bool) -> Compiled:
 @pytest.mark.parametrize(
     ("name", "more", "registers"),
     [
-        ("histogram", {"MAGNITUDE": True}, 80),
-        ("histogram", {"MAGNITUDE": False}, 80),
+        ("histogram", {"MAGNITUDE": True, "LATE": False}, 64),
+        ("histogram", {"MAGNITUDE": False, "LATE": True}, 80),
         ("count", {"MAGNITUDE": True, "NAN": False}, 32),
         ("count", {"MAGNITUDE": True, "NAN": True}, 32),
-        ("remove", {"MAGNITUDE": True, "TIES": False}, 32),
-        ("remove", {"MAGNITUDE": False, "TIES": True}, 48),
+        ("remove", {"MAGNITUDE": True, "TIES": False}, 40),
+        ("remove", {"MAGNITUDE": False, "TIES": True}, 80),
     ],
 )
 def test_machine_code_needs_few_registers_and_reads_widely(
     name: str, more: dict[str, bool], registers: int, dtype: tl.dtype
 ) -> None:
     code = compiled(name, dtype, **more)
+    if name == "histogram" and COUNTS_IN_REGISTERS:
+        registers = 112
     assert code.registers <= registers and code.spill_bytes == 0
-    assert code.shared_bytes <= 4 * kernels.BINS
+    assert code.shared_bytes <= 2048  # the bins, or bits of masks on their way to where the values are
     assert 128 in code.load_widths
 
 

@@ -19,38 +19,54 @@ from sparse_robust_kernels._dispatch import opaque, register
 from sparse_robust_kernels.masks.reference import copy_one_, zero_one_
 from sparse_robust_kernels.masks.table import WORDS, MaskTable
 
-COUNTED = 1024
+COUNTED = 2048
 """Words that one program of the counting kernel sums."""
+HALVES = 512
+"""Halves of words, 16 bits each, that one program packs or unpacks: 8192 flags, 4 accesses of 128 bits a thread."""
+PIECE = tl.constexpr(128)
+"""Of these, how many at a time in the last program, which goes flag by flag."""
 
 
 @triton.jit
-def pack_kernel(keep, words, numel, WORDS: tl.constexpr):
-    """``keep`` uint8 [numel] -> ``words`` int32 [ceil(numel / 32)]."""
-    block = tl.program_id(0).to(tl.int64)
-    word = block * WORDS + tl.arange(0, WORDS)
-    bit = tl.arange(0, 32)
-    element = word[:, None] * 32 + bit[None, :]
-    if (block + 1) * WORDS * 32 <= numel:
-        flags = tl.load(keep + element)
-        tl.store(words + word, tl.sum(flags.to(tl.int32) << bit[None, :], axis=1))
+def pack_kernel(keep, halves, numel, HALVES: tl.constexpr):
+    """``keep`` uint8 [numel] of 0 and 1 -> ``halves`` int16 [ceil(numel / 16)]."""
+    first = tl.program_id(0).to(tl.int64) * HALVES
+    if (first + HALVES) * 16 <= numel:
+        fours = (keep + first * 16).to(tl.pointer_type(tl.int32))  # four flags, a byte each
+        place = tl.arange(0, HALVES)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        even, odd = tl.split(tl.reshape(tl.load(fours + place), [HALVES, 2, 2]))
+        # A flag in bit 0 of each byte and one in bit 4: the product shifts them side by side into the highest byte, and
+        # no two of its terms meet in a bit.
+        octets = ((odd * 16 + even) * 0x01020408).to(tl.uint32, bitcast=True) >> 24
+        low, high = tl.split(octets)
+        tl.store(halves + first + tl.arange(0, HALVES), (low | (high << 8)).to(tl.int16))
     else:
-        flags = tl.load(keep + element, mask=element < numel, other=0)
-        tl.store(words + word, tl.sum(flags.to(tl.int32) << bit[None, :], axis=1), mask=word * 32 < numel)
+        bit = tl.arange(0, 16)[None, :]
+        for begun in range(0, HALVES, PIECE):
+            half = first + begun + tl.arange(0, PIECE)
+            element = half[:, None] * 16 + bit
+            flags = tl.load(keep + element, mask=element < numel, other=0).to(tl.int32)
+            tl.store(halves + half, tl.sum(flags << bit, axis=1).to(tl.int16), mask=half * 16 < numel)
 
 
 @triton.jit
-def unpack_kernel(words, keep, numel, WORDS: tl.constexpr):
-    """``words`` int32 [ceil(numel / 32)] -> ``keep`` uint8 [numel] of 0 and 1."""
-    block = tl.program_id(0).to(tl.int64)
-    word = block * WORDS + tl.arange(0, WORDS)
-    bit = tl.arange(0, 32)
-    element = word[:, None] * 32 + bit[None, :]
-    if (block + 1) * WORDS * 32 <= numel:
-        bits = tl.load(words + word)
-        tl.store(keep + element, ((bits[:, None] >> bit[None, :]) & 1).to(tl.uint8))
+def unpack_kernel(halves, keep, numel, HALVES: tl.constexpr):
+    """``halves`` int16 [ceil(numel / 16)] -> ``keep`` uint8 [numel] of 0 and 1."""
+    first = tl.program_id(0).to(tl.int64) * HALVES
+    if (first + HALVES) * 16 <= numel:
+        bits = tl.load(halves + first + tl.arange(0, HALVES)).to(tl.int32)
+        fours = (bits[:, None] >> (4 * tl.arange(0, 4))[None, :]) & 15
+        place = tl.arange(0, HALVES)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        # The product copies four bits to where each of them is the lowest of a byte.
+        flags = (fours * 0x00204081) & 0x01010101
+        tl.store((keep + first * 16).to(tl.pointer_type(tl.int32)) + place, flags)
     else:
-        bits = tl.load(words + word, mask=word * 32 < numel, other=0)
-        tl.store(keep + element, ((bits[:, None] >> bit[None, :]) & 1).to(tl.uint8), mask=element < numel)
+        bit = tl.arange(0, 16)[None, :]
+        for begun in range(0, HALVES, PIECE):
+            half = first + begun + tl.arange(0, PIECE)
+            element = half[:, None] * 16 + bit
+            bits = tl.load(halves + half, mask=half * 16 < numel, other=0).to(tl.int32)
+            tl.store(keep + element, ((bits[:, None] >> bit) & 1).to(tl.uint8), mask=element < numel)
 
 
 @triton.jit
@@ -66,8 +82,7 @@ def count_kernel(words, count, numel, BLOCK: tl.constexpr):
     pairs = bits - ((bits >> 1) & 0x55555555)
     nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
-    halves = octets + (octets >> 8)
-    ones = (halves + (halves >> 16)) & 0x3F
+    ones = (octets * 0x01010101) >> 24  # the form in which compilers see one instruction
     tl.atomic_add(count, tl.sum(ones.to(tl.int32), axis=0).to(tl.int64), sem="relaxed")
 
 
@@ -182,11 +197,13 @@ def copy_kernel(
 def pack_bits(keep: Tensor) -> Tensor:
     """See `sparse_robust_kernels.masks.pack_bits`."""
     numel, keep = keep.numel(), keep.contiguous()
-    packed = torch.empty(4 * triton.cdiv(numel, 32), dtype=torch.uint8, device=keep.device)
+    if keep.data_ptr() % 16:  # it is read as whole words
+        keep = keep.clone()
+    packed = torch.empty(2 * triton.cdiv(numel, 16), dtype=torch.uint8, device=keep.device)
     if numel:
         with _on(keep.device):
-            grid = (triton.cdiv(numel, 32 * WORDS),)
-            pack_kernel[grid](keep.view(torch.uint8), packed.view(torch.int32), numel, WORDS=WORDS)
+            grid = (triton.cdiv(numel, 16 * HALVES),)
+            pack_kernel[grid](keep.view(torch.uint8), packed.view(torch.int16), numel, HALVES=HALVES)
     return packed[: triton.cdiv(numel, 8)]
 
 
@@ -197,8 +214,8 @@ def unpack_bits(packed: Tensor, numel: int) -> Tensor:
     keep = torch.empty(numel, dtype=torch.bool, device=packed.device)
     if numel:
         with _on(packed.device):
-            grid = (triton.cdiv(numel, 32 * WORDS),)
-            unpack_kernel[grid](_as_words(packed), keep.view(torch.uint8), numel, WORDS=WORDS)
+            grid = (triton.cdiv(numel, 16 * HALVES),)
+            unpack_kernel[grid](_as_words(packed).view(torch.int16), keep.view(torch.uint8), numel, HALVES=HALVES)
     return keep
 
 
@@ -307,8 +324,13 @@ _captured: list[Tensor] = []
 
 @lru_cache(maxsize=64)
 def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return int64 addresses on a device. A training loop has the same ones in every step, so they travel once."""
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+    """Return int64 addresses on a device. A training loop has the same ones in every step, so they travel once.
+
+    Nothing waits for them, except while a graph is captured: it cannot hold such a copy, and torch says so.
+    """
+    there = torch.tensor(addresses, dtype=torch.int64)
+    pinned = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return (there.pin_memory() if pinned else there).to(device, non_blocking=pinned)
 
 
 def _as_words(packed: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from sparse_robust_kernels._dispatch import opaque, register
 from sparse_robust_kernels.pgd_step import triton_l2 as _l2  # noqa: F401  (registers itself)
 from sparse_robust_kernels.pgd_step.layout import memory_format
 from sparse_robust_kernels.pgd_step.reference import LARGEST_HIDDEN
-from sparse_robust_kernels.rng.triton import WORDS, split, uniform_quads, words
+from sparse_robust_kernels.rng.triton import WORDS, draw_quads, split, words
 
 BLOCK = 1024  # elements of a program; 8 a thread
+QUADS = 512  # counters of a program in a start; 4 a thread, 16 elements
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 _LARGEST_HIDDEN = tl.constexpr(LARGEST_HIDDEN)
 
@@ -86,15 +87,15 @@ def linf_normalized_last_kernel(
     x_adv, x, grad, out, fed, mean, std, numel, step_size, eps, lo, hi, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
 ):
     # Images and what the model is fed are [n, pixels, C] alike.
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    i = start + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = (tl.program_id(0) % CHANNELS * (BLOCK % CHANNELS) + tl.arange(0, BLOCK)) % CHANNELS
+    middle, spread = tl.load(mean + channel), tl.load(std + channel)
     mask = i < numel
-    channel = ((start % CHANNELS).to(tl.int32) + tl.arange(0, BLOCK)) % CHANNELS
     value = tl.load(x_adv + i, mask=mask, other=0.0)
     value = climb(value, tl.load(grad + i, mask=mask, other=0.0), step_size)
     value = clip(value, tl.load(x + i, mask=mask, other=0.0), eps, lo, hi)
     tl.store(out + i, value, mask=mask)
-    value = tl.div_rn(value - tl.load(mean + channel), tl.load(std + channel))
+    value = tl.div_rn(value - middle, spread)
     tl.store(fed + i, narrow(value, fed.dtype.element_ty), mask=mask)
 
 
@@ -120,17 +121,18 @@ def rgd_kernel(
 
 @triton.jit(do_not_specialize=WORDS)
 def linf_start_kernel(
-    x, out, numel, eps, lo, hi, ids, streams, stream, keys, key_low, key_high,
+    x, out, numel, eps, lo, hi, ids, streams, draw, keys, key_low, key_high,
     PER_SAMPLE: tl.constexpr, KEYED: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     chunks = tl.cdiv(numel, 4 * QUADS)
     row, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     quad = chunk.to(tl.int64) * QUADS + tl.arange(0, QUADS)
-    noise = (2 * uniform_quads(quad, row, ids, streams, stream, keys, key_low, key_high, PER_SAMPLE, KEYED) - 1) * eps
     i = chunk.to(tl.int64) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
     mask = i < numel
     i += row.to(tl.int64) * numel
-    here = tl.load(x + i, mask=mask, other=0.0)
+    here = tl.load(x + i, mask=mask, other=0.0)  # on its way while the numbers are drawn
+    drawn = draw_quads(quad, row, ids, streams, draw, keys, key_low, key_high, PER_SAMPLE, KEYED)
+    noise = (drawn * 2.0**-23 - 1) * eps
     tl.store(out + i, clip(here + noise, here, eps, lo, hi), mask=mask)
 
 
@@ -238,8 +240,8 @@ def _linf_random_start(
     if out.numel():
         named = words(ids, key if keys is None else keys, stream if streams is None else streams)
         with torch.cuda.device_of(x):
-            linf_start_kernel[(len(x) * triton.cdiv(numel, BLOCK),)](
-                images, out, numel, float(eps), float(lo), float(hi), **named, QUADS=BLOCK // 4, **LAUNCH
+            linf_start_kernel[(len(x) * triton.cdiv(numel, 4 * QUADS),)](
+                images, out, numel, float(eps), float(lo), float(hi), **named, QUADS=QUADS, **LAUNCH
             )
     return out.contiguous(memory_format=memory_format(x))
 

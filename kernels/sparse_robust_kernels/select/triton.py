@@ -16,62 +16,80 @@ from torch import Tensor
 
 from sparse_robust_kernels._dispatch import register
 
-BINS = 256  # before Triton 3.8 a warp spends BINS / 32 registers, and as many instructions, on a histogram
-BLOCK_BYTES = 4096  # of values a program takes at a time: with 8 warps, one access of 128 bits a thread
+BINS = 256  # before Triton 3.8 a warp spends BINS / 32 registers, and many instructions, on a histogram
+BLOCK = 4096  # values a program takes at a time: with 8 warps, 16 a thread, in accesses of 128 bits
 WARPS = 8
-PROGRAMS = 1024  # of a histogram, at most: each ends with BINS atomic additions
+PROGRAMS = 24 * 132  # of a histogram, at most: whole rounds on the 132 processors of an H200, each with 2, 3, 4, 6 or 8
 _COLUMNS = tl.constexpr(5)  # of the table: address of the values, of the mask (or 0), of the output; numel; first block
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
 def _block(table, owners, block, TYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the values of a block, whether each counts, the row of its tensor, and where it starts in it."""
+    """Return the values of a block [BLOCK / 8, 8], whether each counts, the row of its tensor, its start, and how many
+    values the tensor has from there on."""
     row = table + tl.load(owners + block) * _COLUMNS
+    start = (block - tl.load(row + 4)) * BLOCK  # int64
+    left = tl.load(row + 3) - start
     values = tl.load(row).to(tl.pointer_type(TYPE))
     if ALIGNED:
         values = tl.multiple_of(values, 16)
     mask = tl.load(row + 1)
-    numel = tl.load(row + 3)
-    start = (block - tl.load(row + 4)) * BLOCK  # int64
-    index = start + tl.arange(0, BLOCK)
-    if start + BLOCK <= numel:
-        found = tl.load(values + index)  # without a mask, as 128 bits at a time
+    byte, bit = tl.arange(0, BLOCK // 8), tl.arange(0, 8)
+    place = byte[:, None] * 8 + bit[None, :]
+    packed = (mask + start // 8).to(tl.pointer_type(tl.uint8)) + byte
+    if left >= BLOCK:
+        found = tl.load(values + start + place)  # without a mask, as 128 bits at a time
+        bits = tl.load(packed, mask=mask != 0, other=255).to(tl.int32)
     else:
-        found = tl.load(values + index, mask=index < numel, other=0.0)
-    byte = start // 8 + tl.arange(0, BLOCK // 8)
-    there = (mask != 0) & (byte * 8 < numel)
-    packed = tl.load(mask.to(tl.pointer_type(tl.uint8)) + byte, mask=there, other=255).to(tl.int32)
-    kept = tl.reshape((packed[:, None] >> tl.arange(0, 8)[None, :]) & 1, [BLOCK]) != 0
-    return found, kept & (index < numel), row, start
+        found = tl.load(values + start + place, mask=place < left, other=0.0)
+        room = tl.minimum(tl.maximum(left - byte * 8, 0), 8).to(tl.int32)
+        bits = tl.load(packed, mask=(mask != 0) & (room > 0), other=255).to(tl.int32) & ((1 << room) - 1)
+    return found.to(tl.float32), (bits[:, None] & (1 << bit)[None, :]) != 0, row, start, left
 
 
 @triton.jit
 def _keys(values, MAGNITUDE: tl.constexpr):
     """Return integers that compare as fp32 ``values`` (or their magnitudes) do, as `reference.keys`."""
-    bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     if MAGNITUDE:
         return magnitude
     return tl.where(magnitude == 0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
+@triton.jit
+def _value(key, MAGNITUDE: tl.constexpr):
+    """Return the fp32 number that has this key. Comparing with it takes fewer operations than the keys of all do."""
+    bits = key if MAGNITUDE else tl.where(key < 0, key ^ 0x7FFFFFFF, key)
+    return bits.to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["blocks", "low", "shift"])
 def histogram_kernel(
     table, owners, blocks, counts, low, shift,
-    TYPE: tl.constexpr, MAGNITUDE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+    TYPE: tl.constexpr, MAGNITUDE: tl.constexpr, LATE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
-    """Add to ``counts[b]`` the kept keys in ``low + [b, b + 1) * 2 ** shift``, b below BINS."""
-    block = tl.program_id(0)
+    """Add to ``counts[b]`` the kept keys in ``low + [b, b + 1) * 2 ** shift``, b below BINS.
+
+    A program takes blocks that follow each other, which mostly share their tensor's row of the table.
+    """
+    share = tl.cdiv(blocks, tl.num_programs(0))
+    block = tl.program_id(0) * share
+    end = tl.minimum(block + share, blocks)
     total = tl.zeros([BINS], tl.int32)
-    while block < blocks:
-        values, kept, _, _ = _block(table, owners, block, TYPE, ALIGNED, BLOCK)
+    while block < end:
+        values, kept, _, _, _ = _block(table, owners, block, TYPE, ALIGNED, BLOCK)
         digit = (_keys(values, MAGNITUDE) >> shift) - (low >> shift)
-        kept = kept & (digit >= 0) & (digit < BINS)
-        if tl.max(kept.to(tl.int32), 0) != 0:  # late sweeps find nothing in most blocks
+        kept = tl.reshape(kept & (digit >= 0) & (digit < BINS), [BLOCK], can_reorder=True)
+        digit = tl.reshape(digit, [BLOCK], can_reorder=True)
+        if not LATE:  # noqa: SIM114  (known when compiling, unlike the next)
             total += tl.histogram(digit, BINS, mask=kept)
-        block += tl.num_programs(0)
-    tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), mask=total > 0)
+        elif tl.max(kept.to(tl.int32), 0) != 0:  # late sweeps find nothing in most blocks
+            total += tl.histogram(digit, BINS, mask=kept)
+        block += 1
+    tl.atomic_add(counts + tl.arange(0, BINS), total.to(tl.int64), mask=total > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -80,9 +98,11 @@ def count_kernel(
     TYPE: tl.constexpr, MAGNITUDE: tl.constexpr, NAN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write to ``counts`` how many kept values of each block are NaN, or else have the key."""
-    values, kept, _, _ = _block(table, owners, tl.program_id(0), TYPE, ALIGNED, BLOCK)
-    found = _keys(values, True) > 0x7F800000 if NAN else _keys(values, MAGNITUDE) == key  # bits above infinity
-    tl.store(counts + tl.program_id(0), tl.sum((found & kept).to(tl.int32), 0))
+    values, kept, _, _, _ = _block(table, owners, tl.program_id(0), TYPE, ALIGNED, BLOCK)
+    if MAGNITUDE:
+        values = tl.abs(values)
+    found = kept & (values != values if NAN else values == _value(key, MAGNITUDE))
+    tl.store(counts + tl.program_id(0), tl.sum(tl.sum(found.to(tl.int32), 1), 0))
 
 
 @triton.jit(do_not_specialize=["key"])
@@ -91,16 +111,23 @@ def remove_kernel(
     TYPE: tl.constexpr, MAGNITUDE: tl.constexpr, TIES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the packed mask without the keys below ``key`` and the first ``ties[block]`` (all, if not TIES) at it."""
-    values, kept, row, start = _block(table, owners, tl.program_id(0), TYPE, ALIGNED, BLOCK)
-    keys = _keys(values, MAGNITUDE)
-    stays = kept & (keys > key)
-    if TIES:
-        equal = kept & (keys == key)
-        stays = stays | (equal & (tl.cumsum(equal.to(tl.int32), 0) > tl.load(ties + tl.program_id(0))))
-    places = tl.reshape(stays.to(tl.int32), [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]
-    byte = start // 8 + tl.arange(0, BLOCK // 8)
-    out = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
-    tl.store(out + byte, tl.sum(places, 1).to(tl.uint8), mask=byte * 8 < tl.load(row + 3))
+    values, kept, row, start, left = _block(table, owners, tl.program_id(0), TYPE, ALIGNED, BLOCK)
+    if MAGNITUDE:
+        values = tl.abs(values)
+    value = _value(key, MAGNITUDE)
+    taken = tl.load(ties + tl.program_id(0)) if TIES else BLOCK
+    # What is below goes; NaN stays, be it in the values or, as the lowest key of all, at the cut.
+    gone = values < value
+    if taken >= BLOCK:
+        gone = values <= value
+    elif taken > 0:
+        equal = tl.reshape(kept & (values == value), [BLOCK])
+        first = equal & (tl.cumsum(equal.to(tl.int32), 0) <= taken)
+        gone = gone | tl.reshape(first, [BLOCK // 8, 8])
+    byte, bit = tl.arange(0, BLOCK // 8), tl.arange(0, 8)
+    stays = tl.where(gone, 0, tl.where(kept, (1 << bit)[None, :], 0))
+    out = (tl.load(row + 2) + start // 8).to(tl.pointer_type(tl.uint8))
+    tl.store(out + byte, tl.sum(stays, 1).to(tl.uint8), mask=byte * 8 < left)
 
 
 @dataclass(frozen=True)
@@ -140,17 +167,16 @@ def _launch(
     indices: list[int], tensors: Sequence[Tensor], keep: Sequence[Tensor | None], outputs: Sequence[Tensor] | None
 ) -> _Launch:
     flat = [tensors[index].detach().reshape(-1) for index in indices]
-    block = BLOCK_BYTES // flat[0].element_size()  # values; a multiple of 8, so that a block of a mask begins at a byte
     masks = [keep[index] for index in indices]
     packed = [None if mask is None else mask.contiguous() for mask in masks]
-    rows, sizes = [], [triton.cdiv(values.numel(), block) for values in flat]
+    rows, sizes = [], [triton.cdiv(values.numel(), BLOCK) for values in flat]
     for place, (values, bits, first) in enumerate(zip(flat, packed, _starts(sizes), strict=True)):
         out = 0 if outputs is None else outputs[indices[place]].data_ptr()
         rows.append([values.data_ptr(), 0 if bits is None else bits.data_ptr(), out, values.numel(), first])
     device = flat[0].device
     owners = torch.repeat_interleave(torch.arange(len(flat), dtype=torch.int32), torch.tensor(sizes))
     aligned = all(row[0] % 16 == 0 for row in rows)
-    options = {"TYPE": _TYPES[flat[0].dtype], "ALIGNED": aligned, "BLOCK": block, "num_warps": WARPS}
+    options = {"TYPE": _TYPES[flat[0].dtype], "ALIGNED": aligned, "BLOCK": BLOCK, "num_warps": WARPS}
     alive = [*flat, *(bits for bits in packed if bits is not None)]
     return _Launch(indices, alive, torch.tensor(rows).to(device), owners.to(device), options)
 
@@ -179,7 +205,7 @@ def histogram(
         grid = (min(launch.blocks, PROGRAMS),)
         histogram_kernel[grid](
             launch.table, launch.owners, launch.blocks, counts, low, shift,
-            MAGNITUDE=magnitude, BINS=BINS, **launch.options,
+            MAGNITUDE=magnitude, LATE=shift < 23, BINS=BINS, **launch.options,
         )  # fmt: skip
     return counts[: 1 << width]
 
@@ -226,6 +252,7 @@ def remove(
             share = torch.tensor([ties[index] for index in launch.indices], device=device)
             owners = launch.owners.long()
             left = share[owners] - before + before[launch.table[:, 4]][owners]
+            left = left.where(left < counts, BLOCK)  # no block but one a tensor has to look for them
         remove_kernel[(launch.blocks,)](
             launch.table, launch.owners, left, key, MAGNITUDE=magnitude, TIES=ties is not None, **launch.options
         )
