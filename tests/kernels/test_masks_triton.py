@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="needs triton")
-
 from sparse_robust_kernels.masks import MaskTable, count_bits, masked_copy, pack_bits, unpack_bits, zero_
-from tests.kernels.harness import compile_sm90, interpret
+from sparse_robust_kernels.masks.table import LONGEST_ROW
+
+triton = pytest.importorskip("triton", reason="needs triton")
+tl = triton.language
+
+from sparse_robust_kernels.masks.triton import row_of  # noqa: E402
+from tests.kernels.harness import compile_sm90, interpret  # noqa: E402
 
 LENGTHS = [1, 7, 31, 32, 33, 1000, 1025, 2047, 2048, 2049, 8191, 20_000]
 SHAPES = [(1,), (7,), (3, 5, 3, 3), (64, 33), (65, 33, 1, 1), (0,), (2049,), (8, 64, 3, 3), (), (4096,)]
@@ -173,6 +177,27 @@ CHECKS: list[Callable[[str], None]] = [
 @pytest.mark.parametrize("check", range(len(CHECKS)))
 def test_interpreted(check: int) -> None:
     CHECKS[check]("cpu")
+
+
+@triton.jit
+def find(places, reciprocals, rows, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found = row_of(tl.load(places + i, mask=i < n, other=0), tl.load(reciprocals + i, mask=i < n, other=1.0))
+    tl.store(rows + i, found, mask=i < n)
+
+
+@interpret
+def test_interpreted_rows_are_found_by_a_product() -> None:
+    """At both ends of every row that begins in a block, wherever in a row the block begins."""
+    lengths = torch.cat([torch.arange(1, 3000), torch.randint(3000, LONGEST_ROW, (3000,)), torch.tensor([LONGEST_ROW])])
+    starts = [torch.arange(int(length + 2047) // int(length) + 2) * length for length in lengths]
+    places = torch.cat(
+        [torch.cat([start - 1, start]).clamp(0, int(n) + 2047) for start, n in zip(starts, lengths, strict=True)]
+    )
+    of = torch.cat([length.expand(2 * len(start)) for start, length in zip(starts, lengths, strict=True)])
+    rows = torch.empty(len(of), dtype=torch.int32)
+    find[(triton.cdiv(len(of), 1 << 14),)](places.int(), 1 / of.float(), rows, len(of), BLOCK=1 << 14)
+    assert torch.equal(rows.long(), places // of)
 
 
 @pytest.mark.slow

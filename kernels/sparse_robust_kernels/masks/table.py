@@ -13,8 +13,8 @@ from sparse_robust_kernels._dispatch import resolve
 WORDS = 64
 """Words of 32 bits that one program of a kernel handles: 2048 weights."""
 
-LONGEST_ROW = 1 << 30
-"""Elements of a row up to which a kernel finds the row of an element in 32 bits."""
+LONGEST_ROW = 1 << 20
+"""Elements of a row up to which the kernels find the row of an element; torch multiplies longer ones."""
 
 
 class MaskTable:
