@@ -21,7 +21,8 @@ os.environ.update(
     HF_HOME=str(Path(_CACHE, "huggingface")),
     HF_HUB_OFFLINE="1",
     TORCH_HOME=str(Path(_CACHE, "torch")),
-    TRITON_CACHE_DIR=str(Path(_CACHE, "triton")),
+    # Shared by the processes of pytest-xdist, and given by benchmarks/gpu.sh: compiling is most of what its tests do.
+    TRITON_CACHE_DIR=os.environ.get("TRITON_CACHE_DIR", str(Path(_CACHE, "triton"))),
     WANDB_MODE="offline",
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",

@@ -46,6 +46,6 @@ def require_finite(what: str, value: torch.Tensor) -> None:
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Let cuDNN choose only algorithms that give the same bits twice. The timing itself runs without this."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+    """Let cuDNN choose only algorithms that give the same bits twice, in fp32. The timing itself runs without this."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield

@@ -40,10 +40,12 @@ class Case:
     gate: Callable[[], str]
     """Raises `GateError`, or returns what it found to hold, in a few words."""
     work: int
-    """How many of ``unit`` one call handles."""
+    """How many of ``unit`` are handled each time."""
     unit: str
     memory: dict[str, float] = field(default_factory=dict)
     """Bytes by route, where the gate measures them: see `Record.memory_bytes`."""
+    times: int = 1
+    """How often a route does its work when it is called once. What is recorded is one of these times."""
 
 
 Cases = Callable[[torch.device, str], Iterator[Case]]
@@ -152,7 +154,10 @@ def measure(case: Case, operation_name: str, device: torch.device, *, now: str, 
     if samples == 0:
         return Outcome(operation_name, case.name, shown=shown)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    timed = time_routes(case.routes, samples=samples, synchronize=synchronize)
+    timed = {
+        route: Timing(taken.calls * case.times, *(np.divide(seconds, case.times).tolist() for seconds in taken[1:]))
+        for route, taken in time_routes(case.routes, samples=samples, synchronize=synchronize).items()
+    }
     ours = float(np.median(next(iter(timed.values())).wall))
     where = asdict(machine(device))
     records = []

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sparse_robust.bench import GateError
+from sparse_robust.bench import Case, GateError, harness
 from sparse_robust.bench.gates import require_close
 from sparse_robust.bench.operations import kernels, mask_storage, masked_step, robust_step
 from sparse_robust.bench.operations.problem import perceptron
@@ -43,6 +44,41 @@ def test_a_rival_that_cannot_be_compiled_is_left_out(monkeypatch: pytest.MonkeyP
     case = kernels.case("step", "5", kernels.Kernel(lambda backend: asked.append(backend) or x, 20), compiles=True)
     case.gate()
     assert asked == ["auto", "reference", "compile"], "the dispatch's own form where it has one"
+
+
+def test_kernels_are_timed_many_at_once_and_recorded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    kernel = kernels.Kernel(lambda backend: done.append(backend) or torch.ones(5), 20)
+    graphs: list[Callable[[], object]] = []
+
+    class Capture:
+        def __call__(self, function: Callable[[], object]) -> tuple[Callable[[], object], None]:
+            graphs.append(function)
+            return lambda: done.append("replay"), None
+
+    monkeypatch.setattr(kernels, "CudaCapture", Capture)
+    case = kernels.case("step", "5", kernel, compiles=False, captures=True)
+    assert case.gate() == "the bits of the reference"
+    case.routes["auto"]()
+    assert done == ["auto", "reference", "replay", "replay"] and len(graphs) == 1
+    graphs[0]()
+    assert done[4:] == ["auto"] * kernels.TIMES
+
+    monkeypatch.setattr(harness, "time_routes", lambda routes, **_: {"a": harness.Timing(3, [8.0, 8.0], [4.0, 4.0])})
+    case = Case("one", {"a": lambda: None}, lambda: "", 5, "things", times=4)
+    (record,) = harness.measure(case, "nothing", CPU, now="").records
+    assert (record.calls, record.median_s, record.cpu_s, record.per_second) == (12, 2.0, 1.0, 2.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_what_cannot_be_captured_is_timed_as_it_is() -> None:
+    done: list[str] = []
+    kernel = kernels.Kernel(lambda backend: done.append(backend) or torch.ones(5), 20)
+    case = kernels.case("step", "5", kernel, compiles=False, captures=True)
+    assert case.gate().startswith("the bits of the reference; no graph of auto: ")
+    done.clear()
+    case.routes["auto"]()
+    assert done == ["auto"] * kernels.TIMES
 
 
 def test_close_is_relative_to_the_largest_value() -> None:

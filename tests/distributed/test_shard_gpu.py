@@ -42,6 +42,7 @@ def result(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights to search from, and the tickets that one GPU finds."""
+    pytest.importorskip("jsonargparse", reason="needs jsonargparse: pip install 'jsonargparse[signatures]'")
     folder = tmp_path_factory.mktemp("base")
     quick = ["recipe.epochs=1", "recipe.regime=standard", "evaluation.steps=1", "evaluation.eps=0.1"]
     launch("one_gpu", 1, "pretrain", "--quiet", "--out", str(folder / "theta"), *NETWORK, *DATA, *quick)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_robust.attacks.capture import CudaCapture
 from sparse_robust.bench.gates import require_close, require_same
 from sparse_robust.bench.harness import Case, operation
 from sparse_robust_kernels import masks, pgd_step, rng
@@ -20,6 +21,7 @@ DRAW = {"key": 0x5EED, "stream": 7}
 ONE_SWEEP = 8192  # elements of a sample up to which an L2 step reads it once
 TOLERANCE = 1e-6  # of L2 kernels, which sum in another order than the reference
 KEPT = 0.2
+TIMES = 10  # calls in a CUDA graph
 
 # Images [n, C, H, W], and a number of weights.
 SIZES: dict[str, dict[str, tuple[tuple[int, int, int, int], int]]] = {
@@ -203,12 +205,46 @@ def weights(total: int, device: torch.device) -> Kernels:
     }
 
 
-def case(name: str, size: str, kernel: Kernel, *, compiles: bool) -> Case:
-    """Return the case of one kernel: the automatic choice, and if asked for torch.compile of the same."""
+class Replayed:
+    """Calls a function `TIMES` times, from its first call on as one CUDA graph.
+
+    To launch a kernel takes Python up to 0.1 ms, and some of these need less for all their bytes: a GPU would be seen
+    waiting. Attacks that are captured launch them this way, too.
+
+    Attributes:
+        failure: why it is no graph; an empty text if it is one.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self._replay: Callable[[], object] | None = None
+        self.failure = ""
+
+    def __call__(self) -> None:
+        if self._replay is None:
+            try:
+                self._replay = CudaCapture()(self._several)[0]
+            except RuntimeError as error:
+                self._replay, self.failure = self._several, str(error).partition("\n")[0]
+        self._replay()
+
+    def _several(self) -> Any:
+        for _ in range(TIMES):
+            self._call()
+
+
+def case(name: str, size: str, kernel: Kernel, *, compiles: bool, captures: bool = False) -> Case:
+    """Return the case of one kernel: the automatic choice, and if asked for torch.compile of the same.
+
+    Args:
+        captures: time CUDA graphs of several calls.
+    """
     routes: dict[str, Callable[[], object]] = {"auto": lambda: kernel.call("auto")}
     if compiles:
         compiled = None if kernel.plain is None else torch.compile(kernel.plain)
         routes["torch.compile"] = compiled if compiled is not None else lambda: kernel.call("compile")
+    if captures:
+        routes = {route: Replayed(call) for route, call in routes.items()}
 
     def gate() -> str:
         result = kernel.result or kernel.call
@@ -224,9 +260,14 @@ def case(name: str, size: str, kernel: Kernel, *, compiles: bool) -> Case:
         except Exception as error:  # a rival that cannot be compiled keeps nothing else from being timed
             del routes["torch.compile"]
             shown += f"; torch.compile gave up: {type(error).__name__}"
+        for route, timed in routes.items():
+            if isinstance(timed, Replayed):
+                timed()
+                shown += f"; no graph of {route}: {timed.failure}" * bool(timed.failure)
         return shown
 
-    return Case(name=f"{name}, {size}", routes=routes, gate=gate, work=round(kernel.bytes), unit="B")
+    times = TIMES if captures else 1
+    return Case(f"{name}, {size}", routes, gate, work=round(kernel.bytes), unit="B", times=times)
 
 
 def _named(found: Found | None) -> dict[str, Tensor]:
@@ -235,8 +276,9 @@ def _named(found: Found | None) -> dict[str, Tensor]:
 
 
 def _cases(device: torch.device, scale: str, kernels: Callable[..., Kernels], size: Any, text: str) -> Iterator[Case]:
+    on_gpu = device.type == "cuda"
     for name, make in kernels(size, device).items():
-        yield case(name, text, make(), compiles=device.type == "cuda" and scale == "full")
+        yield case(name, text, make(), compiles=on_gpu and scale == "full", captures=on_gpu)
 
 
 @operation("pgd-step", "random starts and steps of attacks on images, and their random numbers: bytes a second")
