@@ -34,6 +34,9 @@ LEASE_SECONDS = 90.0
 """An owner that has renewed its lease within this time counts as alive."""
 RENEWALS = 6
 """So often within that time a lease is renewed."""
+UNWRITTEN_SECONDS = 5.0
+"""A lease in which nothing is written for so long is that of a process that ended as it claimed it. One that was only
+slow finds a higher generation when it has written, and that it lost."""
 
 
 class LeaseLost(SparseRobustError, RuntimeError):
@@ -74,6 +77,7 @@ class Holder:
 
     Attributes:
         owner: who holds it; None while that is not written yet, or not readable.
+        written: whether anything is.
         quiet: seconds since the last sign of life, as the file system counts them.
         watched: seconds for which the one who asks has seen no sign of life.
     """
@@ -82,6 +86,7 @@ class Holder:
     generation: int
     quiet: float
     watched: float
+    written: bool = True
 
     @property
     def free(self) -> bool:
@@ -107,6 +112,8 @@ class Holder:
     @property
     def seconds(self) -> float:
         """The time that the owner promised to renew within."""
+        if not self.written:
+            return UNWRITTEN_SECONDS
         return LEASE_SECONDS if self.owner is None else self.owner.seconds
 
 
@@ -256,10 +263,10 @@ def holder(folder: Path, name: str, watch: Watch) -> Holder | None:
         return None
     path = _path(folder, name, generation)
     try:
-        owner, touched = _read(path)
+        owner, touched, written = _read(path)
     except FileNotFoundError:  # finished or taken over since we looked
         return Holder(None, generation, 0.0, 0.0)
-    return Holder(owner, generation, *watch.look(path, touched))
+    return Holder(owner, generation, *watch.look(path, touched), written=written)
 
 
 def _create(folder: Path, name: str, generation: int, owner: Owner) -> bool:
@@ -306,15 +313,17 @@ def _text(owner: Owner) -> str:
     return json.dumps(asdict(owner)) + "\n"
 
 
-def _read(path: Path) -> tuple[Owner | None, float]:
-    """Return what a lease file says and when it was last touched. Opening it makes NFS ask the server for both."""
+def _read(path: Path) -> tuple[Owner | None, float, bool]:
+    """Return what a lease file says, when it was last touched, and whether it says anything. Opening it makes NFS ask
+    the server for all of that."""
     with open(path, encoding="utf-8") as file:
-        touched = os.fstat(file.fileno()).st_mtime
-        try:
-            record = parse_json(file.read())
-            return Owner(**{**record, "pid": int(record["pid"]), "seconds": float(record["seconds"])}), touched
-        except (TypeError, ValueError, KeyError):
-            return None, touched
+        touched, text = os.fstat(file.fileno()).st_mtime, file.read()
+    try:
+        record = parse_json(text)
+        owner = Owner(**{**record, "pid": int(record["pid"]), "seconds": float(record["seconds"])})
+    except (TypeError, ValueError, KeyError):
+        return None, touched, bool(text)
+    return owner, touched, True
 
 
 def _awake() -> float:

@@ -288,7 +288,7 @@ TestAnyOrder = Leases.TestCase
 TestAnyOrder.settings = settings(max_examples=40, stateful_step_count=30)
 
 
-def work(folder: Path, cells: list[str], seed: int, seconds: float) -> None:
+def work(folder: Path, cells: list[str], seed: int, seconds: float, pause: float = 0.004) -> None:
     """Do every cell: enter it, leave it, write its result under a fence. Now and then fall asleep in the middle."""
     watch, chance = Watch(folder), random.Random(seed)
     while left := [cell for cell in cells if not (folder / cell / "result").exists()]:
@@ -306,7 +306,7 @@ def work(folder: Path, cells: list[str], seed: int, seconds: float) -> None:
                 others = [path for path in (folder / cell).glob("inside-*") if path != inside and alive(path)]
                 if others:
                     (folder / "overlap").write_text(f"{inside} {others}")
-                time.sleep(chance.uniform(0, 0.004))
+                time.sleep(chance.uniform(0, pause))
                 inside.unlink()
                 if chance.random() < 0.1:
                     lease.release()
@@ -348,11 +348,32 @@ def test_threads_and_processes_do_every_cell_once(tmp_path: Path) -> None:
     assert len(by) > 1, "only one process did anything"
 
 
+def test_who_is_killed_while_claiming_blocks_for_moments_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "UNWRITTEN_SECONDS", 0.3)
+    watch, owner = Watch(tmp_path), Owner.me()
+    for name, text in (("killed", ""), ("newer", '{"format": 9}\n')):
+        (tmp_path / f"{name}.000001.lease").write_text(text)
+        assert claim(tmp_path, name, owner, watch) is None
+    time.sleep(0.5)
+    taken = claim(tmp_path, "killed", owner, watch)
+    assert taken is not None and taken.generation == 2
+    assert claim(tmp_path, "newer", owner, watch) is None, "somebody wrote it and may renew it"
+
+    def overtaken(handle: int) -> None:  # between creating the file and writing it was slow
+        monkeypatch.undo()
+        (tmp_path / "slow.000002.lease").write_text("")
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    assert claim(tmp_path, "slow", owner, watch) is None
+    assert not (tmp_path / "slow.000001.lease").exists()
+
+
 def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
     cells, chance = [f"cell-{index}" for index in range(60)], random.Random(0)
     for cell in cells:
         (tmp_path / cell).mkdir()
-    processes = [FORK.Process(target=work, args=(tmp_path, cells, index, 60.0)) for index in range(4)]
+    slow = 0.05  # seconds a cell, at most: so that the cells outlast the kills on any machine
+    processes = [FORK.Process(target=work, args=(tmp_path, cells, index, 60.0, slow)) for index in range(4)]
     for process in processes:
         process.start()
     killed = 0
@@ -363,7 +384,7 @@ def test_killed_workers_lose_nothing(tmp_path: Path) -> None:
             os.kill(processes[victim].pid, signal.SIGKILL)  # type: ignore[arg-type]
             killed += 1
         processes[victim].join()
-        processes[victim] = FORK.Process(target=work, args=(tmp_path, cells, 100 + round_, 60.0))
+        processes[victim] = FORK.Process(target=work, args=(tmp_path, cells, 100 + round_, 60.0, slow))
         processes[victim].start()
     for process in processes:
         process.join(60)
