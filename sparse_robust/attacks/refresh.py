@@ -30,9 +30,8 @@ class Refresh:
         weights = {f"{pair.layer}.weight": index for index, pair in enumerate(pairs)}
         biases = {f"{pair.layer}.bias": index for index, pair in enumerate(pairs)}
         self._targets: list[Tensor] = []
-        self._weights: list[int | None] = []  # which folded layer's weight or bias a target is, and else where to read
-        self._biases: list[int | None] = []
-        self._places: list[tuple[nn.Module, str]] = []
+        # Of each target: where the original has it, and of which folded layer it is the weight, or the bias.
+        self._sources: list[tuple[nn.Module, str, int | None, int | None]] = []
         self._others: list[tuple[Tensor, nn.Module, str]] = []  # tensors that are no floats
         seen = set()
         for name, tensor in named_tensors(module):
@@ -45,9 +44,7 @@ class Refresh:
                 self._others.append((tensor, place, leaf))
                 continue
             self._targets.append(tensor)
-            self._weights.append(weights.get(name))
-            self._biases.append(biases.get(name))
-            self._places.append((place, leaf))
+            self._sources.append((place, leaf, weights.get(name), biases.get(name)))
         self._table = MaskTable([None] * len(self._targets), self._targets)
 
     @torch.no_grad()
@@ -56,7 +53,7 @@ class Refresh:
         scales, biases = folded(self._layers, self._norms)
         sources: list[Tensor] = []
         factors: list[Tensor | None] = []
-        for weight, bias, (place, leaf) in zip(self._weights, self._biases, self._places, strict=True):
+        for place, leaf, weight, bias in self._sources:
             source = biases[bias] if bias is not None else getattr(place, leaf)
             factor = scales[weight] if weight is not None else None
             if factor is not None and factor.dtype != source.dtype:

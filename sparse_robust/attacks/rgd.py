@@ -69,7 +69,8 @@ class RGD(IteratedAttack):
         n_restarts: random starts.
         loss: ``ce``, ``cw`` or ``dlr``.
         targeted: labels are the classes to reach, and the loss is descended.
-        keep: ``first``, an image is done as soon as one iterate fools the model, or ``last``, as published.
+        keep: in `run` and in evaluations: ``first``, an image is done as soon as one iterate fools the model, or
+            ``last``, as published. Called on a batch it returns the last iterates.
         eot_iter: passes that each gradient averages, for stochastic models.
         seed: any integer, of the random starts; 0 is a seed like any other.
         mode: what batch norm does while crafting; see `attack_context`.
