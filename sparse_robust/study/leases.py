@@ -316,13 +316,13 @@ def _text(owner: Owner) -> str:
 def _read(path: Path) -> tuple[Owner | None, float, bool]:
     """Return what a lease file says, when it was last touched, and whether it says anything. Opening it makes NFS ask
     the server for all of that."""
-    with open(path, encoding="utf-8") as file:
-        touched, text = os.fstat(file.fileno()).st_mtime, file.read()
+    with open(path, "rb") as file:
+        touched, content = os.fstat(file.fileno()).st_mtime, file.read()
     try:
-        record = parse_json(text)
+        record = parse_json(content.decode())
         owner = Owner(**{**record, "pid": int(record["pid"]), "seconds": float(record["seconds"])})
     except (TypeError, ValueError, KeyError):
-        return None, touched, bool(text)
+        return None, touched, bool(content)
     return owner, touched, True
 
 

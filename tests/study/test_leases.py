@@ -351,13 +351,14 @@ def test_threads_and_processes_do_every_cell_once(tmp_path: Path) -> None:
 def test_who_is_killed_while_claiming_blocks_for_moments_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "UNWRITTEN_SECONDS", 0.3)
     watch, owner = Watch(tmp_path), Owner.me()
-    for name, text in (("killed", ""), ("newer", '{"format": 9}\n')):
-        (tmp_path / f"{name}.000001.lease").write_text(text)
+    for name, content in (("killed", b""), ("newer", b'{"format": 9}\n'), ("damaged", b"\xff\x00")):
+        (tmp_path / f"{name}.000001.lease").write_bytes(content)
         assert claim(tmp_path, name, owner, watch) is None
     time.sleep(0.5)
     taken = claim(tmp_path, "killed", owner, watch)
     assert taken is not None and taken.generation == 2
-    assert claim(tmp_path, "newer", owner, watch) is None, "somebody wrote it and may renew it"
+    for name in ("newer", "damaged"):
+        assert claim(tmp_path, name, owner, watch) is None, "somebody wrote it and may renew it"
 
     def overtaken(handle: int) -> None:  # between creating the file and writing it was slow
         monkeypatch.undo()
