@@ -117,8 +117,10 @@ class Launch:
         """Add the tensors that begin at these addresses or, for an address at which none does, that it lies in."""
         for address in set(addresses.ravel().tolist()) - self.addresses:
             self.addresses.add(address)
-            known = [_asked[address]] if address in _asked else _asked.values()
-            for view in [view for _, views in known for view in views if view.start <= address < view.end]:
+            _, found = _asked.get(address, (0, []))
+            if all(view.storage.expired() for view in found):  # what begins here was freed, and lies in another one now
+                found = [view for _, views in _asked.values() for view in views if view.start <= address < view.end]
+            for view in found:
                 self.give(view)
 
     def access(self, kind: str, pointers: np.ndarray, mask: np.ndarray, item: int, values: Any = None) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -254,6 +255,15 @@ def test_addresses_of_no_tensor_or_of_one_that_is_gone() -> None:
         run(table, 3)
     assert tensor.data_ptr() == table and run(table, 3) == 3
     assert tensor.tolist() == [1, 1, 1, 0, 0]
+
+
+@interpret
+def test_an_address_within_a_tensor_at_which_a_freed_one_began() -> None:
+    memory = np.zeros(9, np.float32)
+    table_of(torch.from_numpy(memory[4:6]))  # of a storage of its own, gone at once
+    whole = torch.from_numpy(memory)
+    assert run(table_of(whole) + 16, 4) == 4
+    assert whole.tolist() == [0] * 4 + [1] * 4 + [0]
 
 
 def test_an_interpreter_without_the_hooks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
