@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,18 +34,29 @@ def find_pairs(module: nn.Module, example: Tensor) -> tuple[Pair, ...]:
     written: dict[int, tuple[str, Tensor]] = {}  # outputs of layers by id; held, so that no id is given twice
     found: list[tuple[Pair, int]] = []
 
-    def note_layer(name: str, layer: Any, args: tuple[Any, ...], output: Any) -> None:
+    def note_layer(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls[name] += 1
         # One dimension less or more is a layer applied along another dimension than a batch norm's.
-        if isinstance(output, Tensor) and output.dim() == layer.weight.dim() and _is_homogeneous(layer, args, output):
+        if not isinstance(output, Tensor) or output.dim() != layer.weight.dim():
+            return
+        with uses.pause():
+            homogeneous = _is_homogeneous(layer, args, kwargs, output)
+        if homogeneous:
             written[id(output)] = (name, output)
-            uses.of[id(output)] = 0
+            uses.of[id(output)] = 0  # what had this id before is gone
 
-    def note_norm(name: str, norm: Any, args: tuple[Any, ...], output: Any) -> None:
+    def note_norm(name: str, norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls[name] += 1
-        layer, tensor = written.get(id(args[0]), (None, None)) if args else (None, None)
+        read = next(iter((*args, *kwargs.values())), None)
+        layer, tensor = written.get(id(read), (None, None))
         if layer is not None and tensor is not None and tensor.shape[1] == norm.num_features:
             found.append((Pair(layer, name), id(tensor)))
+
+    def is_alone(pair: Pair, tensor: int) -> bool:
+        """Whether a pass calls both once, and reads what lies between them and what they hold nowhere else."""
+        layer, norm = module.get_submodule(pair.layer), module.get_submodule(pair.norm)
+        held = [id(value) for part in (layer, norm) for value in part.parameters(recurse=False)]
+        return calls[pair.layer] == calls[pair.norm] == 1 and all(uses.of[key] == 1 for key in (tensor, *held))
 
     handles = []
     for name, part in module.named_modules():
@@ -51,12 +64,12 @@ def find_pairs(module: nn.Module, example: Tensor) -> tuple[Pair, ...]:
             continue  # these may change what goes in or comes out
         note = note_layer if isinstance(part, LAYERS) else note_norm if _after(part) is not None else None
         if note is not None:
-            handles.append(part.register_forward_hook(partial(note, name)))
-    with uses:
+            handles.append(part.register_forward_hook(partial(note, name), with_kwargs=True))
+    with _uncompiled(), uses:
         module(example)
     for handle in handles:
         handle.remove()
-    return tuple(pair for pair, tensor in found if calls[pair.layer] == calls[pair.norm] == 1 and uses.of[tensor] == 1)
+    return tuple(pair for pair, tensor in found if is_alone(pair, tensor))
 
 
 def fold_away(module: nn.Module, pairs: Sequence[Pair]) -> None:
@@ -107,22 +120,38 @@ class _Uses(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.of: Counter[int] = Counter()
+        self._paused = False
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count nothing for the length of a block."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # to have the compiler skip this mode, torch would import it: more than a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        if not self._paused:
+            self.of.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return func(*args, **(kwargs or {}))
 
 
-def _is_homogeneous(layer: Any, args: tuple[Any, ...], output: Tensor) -> bool:
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled parts of a network as they were written, or the compiler would look into what counts."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _is_homogeneous(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> bool:
     """Whether twice the weights give twice the output; not so where a layer standardises or recomputes its weights."""
     parameters = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
     for parameter in parameters:
         parameter.mul_(2)
-    doubled = layer.forward(*args)
+    doubled = layer.forward(*args, **kwargs)
     for parameter in parameters:
         parameter.mul_(0.5)
     return bool((doubled - 2 * output).abs().max() <= HOMOGENEOUS * output.abs().max())

@@ -54,7 +54,8 @@ class Replica:
         model: the original.
         module: the copy that computes; None where the original does it itself.
         folded: the batch norms that are folded away, with their layers.
-        reason: why there is no copy, or why nothing in it is folded although that was wanted; None if all went well.
+        reason: why there is no copy, or why nothing in it is folded or laid out with channels last although that was
+            wanted; None if all went well.
         precision: a key of `PRECISIONS`.
         channels_last: whether images [n, C, H, W] are laid out with channels last.
         mode: what batch norm does: ``eval`` or ``train_frozen``, see `MODES`.
@@ -175,7 +176,8 @@ def make_replica(
         except Exception as error:  # whatever keeps a foreign module from being copied, attacks can do without
             return Replica(model, None, reason=_describe(error), precision=precision)
         if channels_last:
-            module.to(memory_format=torch.channels_last)
+            refusal = _lay_out(module, example, logits)
+            channels_last, reason = refusal is None, reason or refusal
         if precision == "bf16":
             _cast_weights(module)
         else:
@@ -205,12 +207,45 @@ def _copy(
     if not fold:
         return module, (), None
     try:
-        pairs = find_pairs(module, example)
+        trial = _deepcopy(original)
+        _unsettle(trial)
+        expected = trial(example)
+        pairs = find_pairs(trial, example)
+        fold_away(trial, pairs)
+        _check(trial(example), expected, "its copy with folded batch norms")
         fold_away(module, pairs)
         _check(module(example), logits, "its copy with folded batch norms")
     except Exception as error:
         return _deepcopy(original), (), _describe(error)
     return module, pairs, None
+
+
+def _unsettle(module: nn.Module) -> None:
+    """Change what batch norms hold: those of a new network do nothing yet, whether they are folded rightly or not."""
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+            step = torch.linspace(0.1, 0.3, norm.num_features).to(norm.running_mean)
+            norm.running_mean.add_(norm.running_var.sqrt() * step)
+            norm.running_var.mul_(1 + step)
+            if norm.affine:
+                norm.weight.add_(step)
+                norm.bias.sub_(step)
+
+
+def _lay_out(module: nn.Module, example: Tensor, logits: Tensor) -> str | None:
+    """Lay out a copy with channels last; if it does not compute the same so, put it back and return why."""
+    module.to(memory_format=torch.channels_last)
+    try:
+        _check(module(_last(example)), logits, "its copy with channels last")
+    except Exception as error:
+        module.to(memory_format=torch.contiguous_format)
+        return _describe(error)
+    return None
+
+
+def _last(images: Tensor) -> Tensor:
+    # A clone: images of one channel count as channels-last already, and networks look at the strides.
+    return images.clone(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 def _deepcopy(original: nn.Module) -> nn.Module:

@@ -105,8 +105,8 @@ def shift_and_mirror(images: Tensor, drawn: Tensor, augment: Augment) -> Tensor:
     columns = columns + offsets[:, 1:]
     padded = functional.pad(images, (pad, pad, pad, pad)) if pad else images
     image = torch.arange(count, device=device)[:, None, None]
-    # Indexing around the channels puts them last.
-    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    # Indexing around the channels puts them last; flattened, a single channel has the usual strides, too.
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).flatten().view_as(images)
 
 
 def crop_boxes(drawn: Tensor, heights: Tensor, widths: Tensor, augment: Augment) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from sparse_robust._env import set_cublas_workspace
+from sparse_robust.attacks.context import attack_context
 from sparse_robust.errors import UsageError
+from sparse_robust.seeding import seeded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +39,27 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
     """Give all 4-d parameters a memory format, in place; their values, names and identities stay."""
     for parameter in model.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+            # Of one channel `contiguous` would keep the strides, by which torch picks the format of the output.
+            parameter.data = torch.empty_like(parameter.data, memory_format=memory_format).copy_(parameter.data)
+
+
+def train_channels_last(model: nn.Module, image: Tensor) -> bool:
+    """Lay a network's 4-d parameters out with channels last and return True, if it still takes an image [1, C, H, W].
+
+    A network that reads memory in the order of another layout (``x.view(len(x), -1)``) is left as it was, with a
+    warning.
+    """
+    lay_out(model, torch.channels_last)
+    try:
+        with seeded("layout"), torch.no_grad(), attack_context(model):
+            model(image)
+    except RuntimeError as error:
+        lay_out(model, torch.contiguous_format)
+        warnings.warn(
+            f"the network is trained without recipe.channels_last, which it does not take: {error}", stacklevel=2
+        )
+        return False
+    return True
 
 
 def synchronise_batch_norm(model: nn.Module, accelerator: Accelerator) -> dict[str, nn.Module]:

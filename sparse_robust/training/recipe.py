@@ -84,7 +84,7 @@ class Recipe:
     bf16 under bf16 training, one CUDA graph): auto, always or never."""
     channels_last: bool = True
     """Whether convolutions hold their weights with channels last while they train, as the libraries below want them.
-    Sharded weights stay as they are."""
+    Sharded weights stay as they are, and so does a network that does not take it."""
     dist_bn: str = "broadcast"
     """Batch normalisation over several ranks: broadcast (each its own images, running statistics of rank 0), reduce
     (their average) or sync (all images of the step; GPUs)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_robust.masks import Masks, unwrap
 from sparse_robust.pruning import Enforcement, enforce
 from sparse_robust.training.crafting import AttackTarget
-from sparse_robust.training.devices import compiler, lay_out, put_back, synchronise_batch_norm
+from sparse_robust.training.devices import compiler, lay_out, put_back, synchronise_batch_norm, train_channels_last
 from sparse_robust.training.selection import State, on_cpu
 from sparse_robust.training.sharding import Mirror, prepare, shards
 
@@ -48,6 +49,7 @@ class Trainee:
         recipe: Recipe,
         accelerator: Accelerator,
         masks: Masks | None,
+        image_shape: Sequence[int],
         attack_mode: str | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.masks = recipe, accelerator, masks
@@ -55,7 +57,7 @@ class Trainee:
         self._unsynchronised = synchronise_batch_norm(model, accelerator) if recipe.dist_bn == "sync" else {}
         self.channels_last = recipe.channels_last and not shards(accelerator)
         if self.channels_last:
-            lay_out(model, torch.channels_last)
+            self.channels_last = train_channels_last(model, torch.zeros(1, *image_shape, device=accelerator.device))
         if masks is not None:
             masks.apply_(model)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None

@@ -67,7 +67,8 @@ class Trainer:
         self.options = options or RunOptions()
         self.objective = recipe.objective(data.num_classes)
         require_unperturbed(self.accelerator, self.objective)
-        self.trainee = Trainee(model, recipe, self.accelerator, masks, attack_mode_of(self.objective))
+        shape = (data.in_chans, *data.size)
+        self.trainee = Trainee(model, recipe, self.accelerator, masks, shape, attack_mode_of(self.objective))
         shard = {"rank": self.accelerator.process_index, "world": self.accelerator.num_processes}
         common = {"device": self.accelerator.device, "workers": self.options.workers, **shard}
         self.train_batches = train_loader(data, recipe.batch_size, seed=seed, **common)

@@ -189,6 +189,29 @@ class NormBefore(Plain):
         return F.relu(self.norm2(self.conv2(self.norm1(F.relu(self.conv1(x))))))
 
 
+class WeightUsedElsewhere(Plain):
+    """The second convolution's weight also computes something else."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+        return F.conv2d(x, self.conv2.weight[:, :1].expand(-1, x.shape[1], -1, -1), padding=1)
+
+
+class CalledBesides(Plain):
+    """The second convolution is called a second time, past its hooks."""
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x)))
+        return self.conv2.forward(x) + F.relu(self.norm2(self.conv2(x)))
+
+
+class Keywords(Plain):
+    """Layers called by keyword."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm2(input=self.conv2(input=F.relu(self.norm1(self.conv1(x))))))
+
+
 class Standardized(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight / self.weight.flatten(1).std(1).view(-1, 1, 1, 1)
@@ -228,6 +251,9 @@ def parametrized() -> nn.Module:
         (CalledTwice, (FIRST,)),
         (NormalizedTwice, (SECOND,)),
         (NormBefore, (SECOND,)),
+        (WeightUsedElsewhere, (FIRST,)),
+        (CalledBesides, (FIRST,)),
+        (Keywords, (FIRST, SECOND)),
         (standardized, (SECOND,)),
         (parametrized, (SECOND,)),
         (lambda: hooked("conv1"), (SECOND,)),
@@ -252,6 +278,31 @@ def test_a_fold_that_the_example_cannot_show_wrong_is_not_made() -> None:
     randomize(model, seed=1)
     replica.refresh()
     assert_same_function(model, replica, x)
+
+
+def test_a_wrong_fold_shows_where_batch_norms_do_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = NormBefore(), images(8, 10)
+    wrong = (Pair("conv1", "norm2"),)  # a new batch norm is nearly the identity: the logits would be the model's
+    monkeypatch.setattr(replica_module, "find_pairs", lambda module, example: wrong)
+    replica = make_replica(model, x)
+    assert replica.folded == () and replica.reason is not None and "other logits" in replica.reason
+
+
+class Viewed(Plain):
+    """Reads features in the order in which they usually lie in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).view(len(x), -1).unflatten(1, (8, -1)).mean(2))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_network_that_does_not_take_channels_last_is_copied_without(precision: str) -> None:
+    model, x = randomize(Viewed()), images(8, 10)
+    replica = make_replica(model, x, precision=precision)
+    assert replica.module is not None and replica.folded == (FIRST, SECOND) and not replica.channels_last
+    assert replica.reason is not None and "view size is not compatible" in replica.reason
+    assert all(weight.is_contiguous() for weight in replica.module.parameters())
+    assert_same_function(model, replica, x, 1e-4 if precision == "fp32" else 0.1)
 
 
 class Flat(nn.Module):

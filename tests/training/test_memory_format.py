@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_robust.data import Data
 from sparse_robust.masks import Masks
@@ -63,3 +64,24 @@ def test_it_can_be_left_out_and_changes_roundings_alone(digits: Data) -> None:
     theirs = plain.selection.state("last")
     for name, tensor in last.selection.state("last").items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+class Viewed(nn.Module):
+    """Reads features as they lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 6, 5, stride=4), nn.Linear(6 * 6 * 6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(x.view(len(x), -1))
+
+
+def test_a_network_that_does_not_take_it_trains_as_it_is(digits: Data) -> None:
+    model = Viewed()
+    with pytest.warns(UserWarning, match=r"trained without recipe.channels_last.*view size is not compatible"):
+        result = Trainer(model, digits, Recipe(**ONE_STEP), seed=0).fit()
+    assert result.how["channels_last"] is False and model.conv.weight.is_contiguous() and model.training
+    assert result.how["attack"]["replica"] and not result.how["attack"]["channels_last"]
+    assert "view size" in result.how["attack"]["reason"]
