@@ -133,6 +133,12 @@ def resolve(
     return _functions[_choose(op, backend, kind, unfit)]
 
 
+def require_known(backend: str) -> None:
+    """Raise ValueError for what is no backend's name, where it cannot be resolved yet."""
+    if backend not in ("auto", *_ORDER):
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(('auto', *_ORDER))}")
+
+
 def _choose(op: str, backend: str, kind: str, unfit: str) -> str:
     choice = _choices.get((op, backend, kind, unfit))
     if choice is None:

@@ -365,7 +365,18 @@ BITS = pack_bits(torch.ones(4, dtype=torch.bool))
         (lambda: MaskedSGD([("v", nn.Parameter(W))], masks={"w": BITS}), "the mask of 'w' belongs to no parameter"),
         (lambda: MaskedSGD([nn.Parameter(W)], masks={W: BITS}), r"a tensor of shape \(4,\) belongs to no"),
         (lambda: MaskedSGD([("w", nn.Parameter(W))], copies={"w": W}), "copy must be bf16 and like its weight"),
-        (lambda: MaskedSGD([("w", nn.Parameter(torch.ones(9)))], masks={"w": BITS}), "9 elements are packed in 2"),
+        (
+            lambda: MaskedSGD([("w", nn.Parameter(torch.ones(9)))], masks={"w": BITS}),
+            r"the mask of 'w', \(9,\): expected packed bits, uint8 \(2,\) .*got torch.uint8 \(1,\)",
+        ),
+        (
+            lambda: MaskedSGD([("w", nn.Parameter(W))], masks={"w": W > 0}),
+            "the mask of 'w'.*packed bits.*got torch.bool",
+        ),
+        (lambda: MaskedSGD([nn.Parameter(W)], backend="cuda"), "unknown backend 'cuda'; known: auto, triton"),
+        (lambda: MaskedSGD([nn.Parameter(W)], differentiable=True), "have no differentiable; use a torch optimizer"),
+        (lambda: MaskedAdamW([nn.Parameter(W)], amsgrad=True), "have no amsgrad"),
+        (lambda: MaskedAdamW([nn.Parameter(W)], capturable=True), "have no capturable"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(call: Callable[[], object], message: str) -> None:
@@ -379,6 +390,68 @@ def test_sparse_gradients_and_amsgrad_are_refused() -> None:
     weight.grad = torch.ones(4).to_sparse()
     with pytest.raises(ValueError, match="is sparse"):
         optimizer.step()
-    optimizer.load_state_dict(AdamW([weight], amsgrad=True).state_dict())
+    before = optimizer.state_dict()
     with pytest.raises(ValueError, match="no amsgrad"):
-        optimizer.step()
+        optimizer.load_state_dict(AdamW([weight], amsgrad=True, lr=5.0).state_dict())
+    assert optimizer.state_dict() == before
+
+
+def all_zero(tensors: list[Tensor], mask: Tensor) -> bool:
+    return not any(tensor[~mask].view(torch.int32).any() for tensor in tensors)
+
+
+@pytest.mark.parametrize("variant", ["momentum", "adamw"])
+def test_masks_follow_weights_that_change_their_memory_format_or_type(variant: str) -> None:
+    (ours, our_optimizer), (theirs, their_optimizer), masks = twins(variant)
+    for step, layout in enumerate((torch.contiguous_format, torch.contiguous_format, torch.channels_last)):
+        for side in (ours, theirs):
+            side["w4"].data = side["w4"].data.contiguous(memory_format=layout)
+            if step == 0:
+                side["w3"].data = side["w3"].data.double()
+        give_gradients(step, ours, theirs)
+        apply(masks, theirs)
+        our_optimizer.step()
+        their_optimizer.step()
+        assert all(same_bits(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_what_is_not_stepped_is_masked_too() -> None:
+    weight, other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(2))
+    mask = torch.tensor([True, False, True, False])
+    bits = pack_bits(mask)
+    optimizer = MaskedSGD([weight, other], lr=0.1, masks={weight: bits}, momentum=0.9)
+    weight.data.fill_(1.0)
+    other.grad = torch.ones(2)
+    optimizer.step()  # the weight has no gradient
+    assert torch.equal(weight.detach(), mask.float())
+
+    dense = SGD([weight, other], lr=0.1, momentum=0.9)
+    weight.grad = torch.ones(4)
+    dense.step()
+    optimizer.load_state_dict(dense.state_dict())
+    assert all_zero([weight.detach(), optimizer.state[weight]["momentum_buffer"]], mask)
+
+    bf16 = torch.full((4,), 5.0, dtype=torch.bfloat16)
+    optimizer.set_copies({weight: bf16})
+    optimizer.set_masks({weight: pack_bits(mask & torch.tensor([True, True, False, True]))})
+    assert torch.equal(bf16, weight.detach().bfloat16()) and weight.count_nonzero() == 1
+
+
+def test_a_mask_that_does_not_fit_changes_nothing() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = MaskedSGD([("w", weight)], lr=0.1, masks={"w": pack_bits(torch.tensor([True, False, True, True]))})
+    with pytest.raises(ValueError, match="the mask of 'w'"):
+        optimizer.set_masks({"w": torch.zeros(3, dtype=torch.uint8)})
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.tensor([0.9, 0.0, 0.9, 0.9]))
+
+
+def test_arguments_of_torch_and_names_of_wrapped_models_are_taken() -> None:
+    net = nn.Linear(2, 2, bias=False)
+    bits = pack_bits(torch.tensor([True, False, True, True]))
+    wrapped = [(f"module._orig_mod.{name}", weight) for name, weight in net.named_parameters()]
+    MaskedSGD(wrapped, masks={"weight": bits}, foreach=True, fused=True, differentiable=False)
+    optimizer = MaskedAdamW(wrapped, 1e-3, (0.9, 0.99), 1e-8, 0.0, False, foreach=False, capturable=False, fused=True)
+    optimizer.set_masks({"weight": bits})
+    assert net.weight[0, 1] == 0 and net.weight.count_nonzero() == 3

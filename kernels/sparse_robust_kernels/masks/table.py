@@ -71,10 +71,13 @@ class MaskTable:
             if held.dtype != dtype:
                 held = self._wide[index] = held.to(dtype)
             return held
-        first = sum(-(-numel // (32 * WORDS)) for numel in self.numels[:index])
-        packed = self.words[first:].reshape(-1).view(torch.uint8)[: -(-self.numels[index] // 8)]
-        keep: Tensor = resolve("masks.unpack_bits", "reference", self.device)(packed, self.numels[index])
+        keep: Tensor = resolve("masks.unpack_bits", "reference", self.device)(self.bits(index), self.numels[index])
         return keep.to(dtype).neg_()
+
+    def bits(self, index: int) -> Tensor:
+        """Return uint8 ``[ceil(numel / 8)]``: the packed mask in the order of memory, a part of `words`."""
+        first = sum(-(-numel // (32 * WORDS)) for numel in self.numels[:index])
+        return self.words[first:].reshape(-1).view(torch.uint8)[: -(-self.numels[index] // 8)]
 
     def logical(self, index: int, dtype: torch.dtype) -> Tensor:
         """Return `wide` in the tensor's shape."""

@@ -97,8 +97,7 @@ def storage_bits(packed: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: if the mask has another size, or the weight's memory has gaps.
     """
-    words = _table(packed, weight).words
-    return words.view(torch.uint8).reshape(-1)[: -(-weight.numel() // 8)]
+    return _table(packed, weight).bits(0)
 
 
 def storage_integers(packed: Tensor, weight: Tensor) -> Tensor:
