@@ -236,7 +236,7 @@ class Masks:
         """
         self._check_same(other)
         pairs = [(kept, other._kept[name], numel) for name, _, kept, numel in self.layers() if numel]
-        groups = pairs if layerwise else [(self.count(), other.count(), self.numel())]
+        groups = pairs if layerwise or not pairs else [(self.count(), other.count(), self.numel())]
         both = sum(a * b / numel for a, b, numel in groups)
         either = sum(a + b for a, b, _ in groups) - both
         return both / either if either else 1.0

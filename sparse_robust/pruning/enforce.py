@@ -16,7 +16,7 @@ from sparse_robust.masks import Masks, Shard, shard_of, unwrap
 from sparse_robust.masks.shards import plain
 from sparse_robust.masks.wrappers import find_parameters, held_parts, reshard
 from sparse_robust.masks.zero import Run, is_zero, zero_partitions
-from sparse_robust_kernels.masks import MaskTable, zero_
+from sparse_robust_kernels.masks import MaskTable, same_layout, zero_
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -151,6 +151,21 @@ class Enforcement:
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
                 yield name.format(slot), plain(value)
 
+    @torch.no_grad()
+    def _lay_out(self) -> None:
+        """Give gradients and slots the memory order of their weights, where a model was laid out anew since: torch's
+        fused steps go through the memory of all three side by side."""
+        for parameter, _ in self._stepped:
+            if type(parameter.data) is not Tensor:  # a part of a sharded weight
+                continue
+            gradient = parameter.grad
+            if gradient is not None and not gradient.is_sparse and not same_layout(gradient, parameter):
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+            state = self._optimizer.state.get(parameter, {})
+            for slot, value in self._slots(parameter):
+                if not same_layout(value, parameter):
+                    state[slot] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
     def _all_slots(self) -> list[Tensor | None]:
         return [value for stepped in self._stepped for _, value in self._slots(stepped.parameter)]
 
@@ -199,6 +214,7 @@ class Enforcement:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._lay_out()
         self.mask_gradients_()
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._slots_are_clean = not callable(closure) and _unchanged(self._clean_slots, self._all_slots())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -135,13 +136,19 @@ def imp(
     return run()
 
 
-def _own(theta: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return theta with copies of the tensors that share memory with the model, which training would change."""
-    live = {tensor.untyped_storage().data_ptr() for tensor in unwrap(model).state_dict().values()}
-    return {
-        name: tensor.detach().clone() if tensor.untyped_storage().data_ptr() in live else tensor.detach()
-        for name, tensor in theta.items()
-    }
+def _own(theta: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return theta by plain names, with copies of what shares memory with the model, which training would change."""
+    state = unwrap(model).state_dict()
+    if theta.keys() != state.keys() and theta.keys() == (wrapped := model.state_dict()).keys():
+        theta = {name: theta[key] for name, key in zip(state, wrapped, strict=True)}
+    live = {tensor.untyped_storage().data_ptr() for tensor in state.values() if isinstance(tensor, Tensor)}
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor):  # what a module keeps as its extra state
+            return copy.deepcopy(value)
+        return value.detach().clone() if value.untyped_storage().data_ptr() in live else value.detach()
+
+    return {name: own(value) for name, value in theta.items()}
 
 
 def _check_done(done: Sequence[Masks], everything: Masks, counts: Sequence[int], *, exact: bool) -> None:

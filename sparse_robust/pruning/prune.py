@@ -263,7 +263,7 @@ def _scores(
 def _exact(what: str, share: float) -> Fraction:
     if not 0 <= share < 1:
         raise UsageError(f"{what} must be in [0, 1), got {share}. It is a share, not a percentage: 90 % is 0.9.")
-    return Fraction(str(share))
+    return Fraction(str(float(share) if isinstance(share, Tensor) else share))
 
 
 def _warn_emptied(masks: Masks, before: Masks) -> None:

@@ -346,6 +346,30 @@ def test_channels_last_and_a_model_moved_to_another_type(make_net: Make, batches
     assert int((model.conv2.weight != 0).sum()) == int(masks["conv2.weight"].sum())
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_and_masks_survive_another_memory_format(
+    kind: str, fused: bool, make_net: Make, batches: Batches
+) -> None:
+    """torch's fused steps take weight, gradient and slot by their places in memory."""
+    options = {"lr": 0.05, "momentum": 0.9} if kind == "sgd" else {"lr": 0.01}
+    make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
+    found = []
+    for change in (False, True):
+        model = make_net().double()  # so exactly that a convolution's other roundings do not show
+        masks = prune(model, 0.8)
+        optimizer = make(model.parameters(), **options, fused=fused)
+        enforcement = enforce(optimizer, model, masks)
+        for index, (x, y) in enumerate(batches[:3]):
+            if change and index == 1:
+                model.to(memory_format=torch.channels_last)
+            step(model, optimizer, (x.double(), y))
+            enforcement.verify()
+        found.append([parameter.detach().clone() for parameter in model.parameters()])
+    for plain, changed in zip(*found, strict=True):
+        torch.testing.assert_close(changed, plain, rtol=1e-6, atol=1e-9)
+
+
 def test_restoring_the_optimizers_state_keeps_the_hooks(make_net: Make, batches: Batches) -> None:
     model = make_net()
     masks = prune(model, 0.8)

@@ -37,7 +37,7 @@ def noise(model: nn.Module, masks: Masks, k: int) -> None:
     """A stand-in for training that depends on the round alone and moves everything, also norms and counters."""
     generator = torch.Generator().manual_seed(k)
     with torch.no_grad():
-        for tensor in model.state_dict().values():
+        for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
             else:
@@ -176,6 +176,30 @@ def test_the_models_own_state_dict_may_be_given(make_net: Make) -> None:
     copied = dict(imp(make_net(), state_of(model), noise, rounds=4))
     live = dict(imp(model, model.state_dict(), noise, rounds=4))
     assert live == copied
+
+
+class Noted(nn.Module):
+    """Keeps something besides tensors in its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head, self.note = nn.Linear(6, 6), nn.Linear(6, 3), ["as made"]
+
+    def get_extra_state(self) -> list[str]:
+        return self.note
+
+    def set_extra_state(self, state: list[str]) -> None:
+        self.note = state
+
+
+def test_states_of_wrapped_models_and_extra_state_are_taken() -> None:
+    torch.manual_seed(0)
+    model = Noted()
+    plain = dict(imp(copy.deepcopy(model), model.state_dict(), noise, rounds=2))
+    wrapped = torch.compile(model, backend="eager")
+    found = imp(wrapped, wrapped.state_dict(), noise, rounds=2)
+    model.note.append("changed since")
+    assert dict(found) == plain and model.note == ["as made"]
 
 
 @pytest.mark.acceptance("double-win", "A-37")

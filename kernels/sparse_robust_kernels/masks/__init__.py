@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sparse_robust_kernels._dispatch import resolve
 from sparse_robust_kernels.masks import reference as _reference  # noqa: F401  (registers itself)
-from sparse_robust_kernels.masks.table import MaskTable
+from sparse_robust_kernels.masks.table import MaskTable, same_layout
 
-__all__ = ["MaskTable", "count_bits", "masked_copy", "pack_bits", "unpack_bits", "zero_"]
+__all__ = ["MaskTable", "count_bits", "masked_copy", "pack_bits", "same_layout", "unpack_bits", "zero_"]
 
 
 def pack_bits(keep: Tensor, backend: str = "auto") -> Tensor:
@@ -81,7 +81,8 @@ def masked_copy(
 ) -> None:
     """Write ``sources[i]`` to ``targets[i]`` where ``keep[i]`` is True, and +0.0 elsewhere: a masked compute copy.
 
-    Values are rounded to the target's type, to the nearest with ties to even. NaN stays NaN, with any payload. On a GPU
+    Values are rounded to the target's type, to the nearest with ties to even (on the CPU fp64 by way of fp32, as torch
+    does). NaN stays NaN, with any payload. On a GPU
     all tensors of one pair of types take one launch. No gradient is recorded.
 
     Args:

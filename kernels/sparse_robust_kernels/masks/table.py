@@ -147,6 +147,13 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(axes)
 
 
+def same_layout(one: Tensor, other: Tensor) -> bool:
+    """Whether two dense tensors have the same shape and lie in memory in the same order."""
+    if one.shape != other.shape:
+        return False
+    return one.stride() == other.stride() or memory_order(one) == memory_order(other)
+
+
 def _check(index: int, tensor: Tensor, mask: Tensor | None, device: torch.device) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"tensor {index}: expected a float and a bool mask, got {tensor.dtype}")

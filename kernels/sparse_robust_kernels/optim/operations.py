@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_robust_kernels._dispatch import resolve
-from sparse_robust_kernels.masks import MaskTable, unpack_bits
+from sparse_robust_kernels.masks import MaskTable, same_layout, unpack_bits
 from sparse_robust_kernels.masks.table import memory_order
 from sparse_robust_kernels.optim.reference import INTEGER
 
@@ -114,13 +114,6 @@ def _table(packed: Tensor, weight: Tensor) -> MaskTable:
         raise ValueError(f"expected a dense weight, got shape {tuple(weight.shape)}, strides {weight.stride()}")
     keep = unpack_bits(packed.to(weight.device), weight.numel()).view(weight.shape)
     return MaskTable([keep], [weight])
-
-
-def same_layout(one: Tensor, other: Tensor) -> bool:
-    """Whether two dense tensors have the same shape and lie in memory in the same order."""
-    if one.shape != other.shape:
-        return False
-    return one.stride() == other.stride() or memory_order(one) == memory_order(other)
 
 
 def _unfit(weights: Sequence[Tensor], keep: Sequence[Tensor | None]) -> str:

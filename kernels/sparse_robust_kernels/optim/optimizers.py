@@ -12,11 +12,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sparse_robust_kernels._dispatch import require_known
-from sparse_robust_kernels.masks import MaskTable, unpack_bits, zero_
+from sparse_robust_kernels.masks import MaskTable, same_layout, unpack_bits, zero_
 from sparse_robust_kernels.optim.operations import (
     adamw_,
     is_copy_of,
-    same_layout,
     sgd_,
 )
 from sparse_robust_kernels.optim.reference import INTEGER

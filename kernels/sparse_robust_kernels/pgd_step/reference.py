@@ -15,7 +15,7 @@ LARGEST_HIDDEN = 1e30
 @register("pgd_step.linf_step", "reference", compiles=True)
 def linf_step(x_adv: Tensor, x: Tensor, grad: Tensor, *, step_size: float, eps: float, lo: float, hi: float) -> Tensor:
     """See `sparse_robust_kernels.pgd_step.linf_step`."""
-    return linf_project(torch.add(x_adv, grad.sign(), alpha=step_size), x, eps=eps, lo=lo, hi=hi)
+    return linf_project(torch.add(x_adv, grad.sign().to(x.dtype), alpha=step_size), x, eps=eps, lo=lo, hi=hi)
 
 
 @register("pgd_step.linf_project", "reference", compiles=True)

@@ -94,7 +94,7 @@ def remove_lowest(
         uint8 ``[ceil(numel / 8)]`` for each tensor, on its device.
 
     Raises:
-        ValueError: as `kth`.
+        ValueError: as `kth`; where nothing is removed, nothing is ranked and NaN is not looked for.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to world - 1 = {world - 1}, got {rank}")
