@@ -28,8 +28,9 @@ def rewind_(model: nn.Module, theta: Mapping[str, Tensor], masks: Masks) -> None
         UsageError: if theta is not a state of this model (every missing, unexpected and misshapen key is listed).
     """
     model = unwrap(model)
+    state = {name: value if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in theta.items()}
     try:
-        model.load_state_dict(theta, strict=True)
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise UsageError(f"cannot rewind: theta is not a state of this model. {error}") from error
     masks.apply_(model)
