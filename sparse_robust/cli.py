@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_robust import cli_study, cli_ticket
-from sparse_robust._env import launched_processes
+from sparse_robust._env import launched_processes, set_cublas_workspace
 from sparse_robust._version import __version__
 from sparse_robust.errors import SparseRobustError, UsageError
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0 done, 1 failed, 2 wrong usage, 85 told to stop and saved (start it
     again), 130 interrupted."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    set_cublas_workspace()  # cuBLAS reads it with its first product, long before a recipe asks for deterministic
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes positional words in one run only; here they may stand between the options, too.

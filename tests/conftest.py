@@ -23,6 +23,7 @@ os.environ.update(
     TORCH_HOME=str(Path(_CACHE, "torch")),
     # Shared by the processes of pytest-xdist, and given by benchmarks/gpu.sh: compiling is most of what its tests do.
     TRITON_CACHE_DIR=os.environ.get("TRITON_CACHE_DIR", str(Path(_CACHE, "triton"))),
+    CUBLAS_WORKSPACE_CONFIG=":4096:8",  # as deterministic training asks for
     WANDB_MODE="offline",
     MPLBACKEND="Agg",
     OMP_NUM_THREADS="1",

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -34,26 +35,62 @@ MOST = 4
 class CudaCapture:
     """Captures on a side stream, as torch asks for; the graphs of one instance share their memory.
 
-    They may: one ends before the next begins, and what it wrote is copied out at once.
+    They may: one ends before the next begins, and what it wrote is copied out at once. Works on the current device.
     """
 
     def __init__(self) -> None:
         self._pool: Any = None
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-        """See `Capture`."""
+        """See `Capture`.
+
+        Raises:
+            RuntimeError: if it cannot be captured. What waits for the device shows before anything is captured: a
+                capture that fails half-way is not undone by every torch.
+        """
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        drawn = torch.cuda.get_rng_state()
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARMUPS):
-                function()
-        current.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for warmup in range(WARMUPS):
+                    with _forbidding_waits() if warmup == WARMUPS - 1 else nullcontext():
+                        function()
+        finally:
+            current.wait_stream(side)
+            torch.cuda.set_rng_state(drawn)  # the first replay draws what it would have drawn without these
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those that pin a loader's memory, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = function()
+        try:
+            # Other threads, such as those that pin a loader's memory, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = function()
+        except BaseException:
+            _recover(current, self._pool)
+            raise
         return graph.replay, output
+
+
+@contextmanager
+def _forbidding_waits() -> Iterator[None]:
+    """Let what would make the host wait for the device raise RuntimeError instead."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _recover(stream: Any, pool: Any) -> None:
+    """Put right what a failed capture leaves behind: the stream of the capture and, before torch 2.12, an allocation
+    that never ended and a generator that counts for the graph. The next capture, and ``empty_cache``, need them so."""
+    torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device=stream.device)
+    torch.cuda.set_stream(stream)
 
 
 class _Captured(NamedTuple):
@@ -87,6 +124,10 @@ class Graphs:
             kind: all that the work depends on besides the values of the inputs and of the weights; their shapes, types
                 and strides are added to it.
         """
+        with torch.cuda.device_of(inputs[0]):
+            return self._run(kind, craft, inputs)
+
+    def _run(self, kind: Hashable, craft: Crafting, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.failure:
             return craft(*inputs)
         kind = (kind, *((tensor.shape, tensor.dtype, tensor.stride(), tensor.device) for tensor in inputs))

@@ -169,7 +169,9 @@ def make_replica(
     original, example = unwrap(model), example[:CHECKED]
     # TF32, which convolutions use unless told otherwise, rounds so much that a wrong fold could hide in it.
     exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
-    with recording(), torch.no_grad(), exact, attack_context(original):
+    # And so does autocast, within which a training may ask.
+    plain = torch.autocast(example.device.type, enabled=False)
+    with recording(), torch.no_grad(), exact, plain, attack_context(original):
         logits = check_logits(original(example), len(example))
         try:
             module, folded, reason = _copy(original, example, logits, fold and mode == "eval")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparse_robust.data.data import Data
+from sparse_robust.data.images import send
 from sparse_robust.data.split import MemorySplit
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.seeding import derive_seed
@@ -96,11 +97,11 @@ def shift_and_mirror(images: Tensor, drawn: Tensor, augment: Augment) -> Tensor:
         return images
     count, _, height, width = images.shape
     pad, device = augment.pad, images.device
-    offsets = (drawn[:, POSITION] * (2 * pad + 1)).to(torch.int64).to(device)
+    offsets = send((drawn[:, POSITION] * (2 * pad + 1)).to(torch.int64), device)
     rows = torch.arange(height, device=device) + offsets[:, :1]
     columns = torch.arange(width, device=device).expand(count, -1)
     if augment.flip:
-        mirrored = (drawn[:, MIRROR] < 0.5).to(device)
+        mirrored = send(drawn[:, MIRROR] < 0.5, device)
         columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     columns = columns + offsets[:, 1:]
     padded = functional.pad(images, (pad, pad, pad, pad)) if pad else images

@@ -31,6 +31,11 @@ def to_tensor(image: Image, channels: int) -> Tensor:
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a small tensor to a device; a GPU gets it in its turn, without the host waiting for what runs there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def to_channels(images: Tensor, channels: int) -> Tensor:
     """Turn uint8 [N,C,H,W] with C of 1 or 3 into ``channels`` channels; grey as Pillow computes it."""
     if images.shape[1] == channels:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparse_robust.data.augment import Augment, crop_and_resize, crop_boxes, draws, make_augment, shift_and_mirror
 from sparse_robust.data.data import Data
-from sparse_robust.data.images import fit, resize, to_unit
+from sparse_robust.data.images import fit, resize, send, to_unit
 from sparse_robust.data.split import Example, MemorySplit, ReaderSplit, Split, StreamSplit
 from sparse_robust.data.subsets import random_order
 from sparse_robust.errors import UsageError
@@ -67,9 +67,9 @@ class _MemoryFeed:
 
     def batches(self, plan: list[Tensor], epoch: int) -> Iterator[Batch]:
         for positions in plan:
-            ids, chosen = self.split.ids[positions], positions.to(self.device)
+            ids, chosen = self.split.ids[positions], send(positions, self.device)
             images = self._images(self.pixels[chosen], ids, epoch)
-            yield Batch(to_unit(images), self.labels[chosen], ids.to(self.device))
+            yield Batch(to_unit(images), self.labels[chosen], send(ids, self.device))
 
     def _images(self, images: Tensor, ids: Tensor, epoch: int) -> Tensor:
         augment, view = self.how.augment, self.split.view
@@ -171,7 +171,8 @@ class _StreamFeed:
         return self.how.images(self.split, native, ids, epoch), torch.tensor([e.target for e in examples]), ids
 
     def _placed(self, images: Tensor, labels: Tensor, ids: Tensor) -> Batch:
-        return Batch(to_unit(images.to(self.device)), labels.to(self.device), ids.to(self.device))
+        images, labels, ids = (send(tensor, self.device) for tensor in (images, labels, ids))
+        return Batch(to_unit(images), labels, ids)
 
     def _shuffled(self, epoch: int) -> Iterator[Example]:
         """One pass in random order: the next example is drawn from a buffer that the stream refills."""

@@ -71,9 +71,10 @@ class Pulse:
             save: it is time for a checkpoint; of the main process it counts.
         """
         accelerator = self.accelerator
-        flags = torch.zeros(2 + accelerator.num_processes, dtype=torch.float32)
-        flags[0], flags[1] = float(stop), float(save and accelerator.is_main_process)
-        flags = flags.to(accelerator.device)
+        # Made and filled there: sent from here, it would wait for the step.
+        flags = torch.zeros(2 + accelerator.num_processes, dtype=torch.float32, device=accelerator.device)
+        flags[0].fill_(float(stop))
+        flags[1].fill_(float(save and accelerator.is_main_process))
         flags[2 + accelerator.process_index] = (~torch.isfinite(loss)).to(flags)
         if accelerator.num_processes > 1:
             flags = accelerator.reduce(flags, "sum")

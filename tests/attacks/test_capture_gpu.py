@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -96,3 +98,53 @@ def test_what_waits_cannot_be_captured_and_runs_as_it_is(on_gpu: Any, caplog: py
         assert (attack(replica, x, y, eps=0.1, ids=ids) != x).any()
     assert not replica.capture
     assert sum("run without CUDA graphs" in record.getMessage() for record in caplog.records) == 1
+
+
+BREAKS = """
+import torch
+from sparse_robust.attacks import PGD
+from sparse_robust.attacks.replica import make_replica
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)).cuda()
+x, y = torch.rand(8, 3, 4, 4, device="cuda"), torch.arange(8, device="cuda") % 5
+
+class Breaks(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, images):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()  # no wait for a tensor, and no capture survives it
+        return self.inner(images)
+
+before = torch.cuda.current_stream()
+replica = make_replica(Breaks(), x)
+assert (PGD(steps=2)(replica, x, y, eps=0.1) != x).any() and not replica.capture and replica.graphs.failure
+assert torch.cuda.current_stream() == before
+torch.cuda.empty_cache()
+torch.nn.functional.dropout(x)
+other = make_replica(model, x)
+assert (PGD(steps=2)(other, x, y, eps=0.1) != x).any() and other.capture and len(other.graphs) == 1
+"""
+
+
+def test_a_capture_that_breaks_half_way_spoils_nothing_after_it(on_gpu: Any) -> None:
+    """In a process of its own: what it may spoil is the process."""
+    done = subprocess.run([sys.executable, "-c", BREAKS], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_first_attack_draws_as_a_replay_does(on_gpu: Any) -> None:
+    _, x, y, ids = on_gpu
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(x[0].numel(), 5)).cuda()
+    found = []
+    for calls in (1, 2):
+        replica = make_replica(model.train(), x, mode="train_frozen")
+        for _ in range(calls):
+            torch.cuda.manual_seed(7)
+            crafted = PGD(steps=3, mode="train_frozen")(replica, x, y, eps=0.1, ids=ids)
+        assert replica.capture
+        found.append((crafted, torch.rand(3, device="cuda")))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])

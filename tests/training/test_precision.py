@@ -90,6 +90,8 @@ def test_bf16_trains_fp32_weights_on_exact_fp32_iterates(
     result = fit(model, digits, accelerator(mixed_precision="bf16"), attack_mode=mode)
     assert result.how["precision"] == "bf16" and crafted
     check_masks(model, result)
+    how = result.how["attack"]
+    assert (how["folded"], how["reason"]) == (15 if mode == "eval" else 0, None)  # checked without autocast
     single = fit(tiny(), digits, accelerator(), attack_mode=mode)
     assert single.how["precision"] == "fp32"
     losses = [entry["train_loss"] for entry in result.history], [entry["train_loss"] for entry in single.history]

@@ -181,11 +181,12 @@ def sgd_(
     """As the reference, in one launch."""
     slots = buffers if momentum != 0 else weights
     grid, options = _launch(weights, gradients, slots, slots, keep, copies)
-    sgd_kernel[grid](
-        lr=float(lr), momentum=float(momentum), rate=float(1 - dampening), decay=float(weight_decay),
-        MOMENTUM=momentum != 0, FIRST=first, NESTEROV=nesterov, DECAY=weight_decay != 0, MAXIMIZE=maximize,
-        WRITE=mask_gradients, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(weights[0]):
+        sgd_kernel[grid](
+            lr=float(lr), momentum=float(momentum), rate=float(1 - dampening), decay=float(weight_decay),
+            MOMENTUM=momentum != 0, FIRST=first, NESTEROV=nesterov, DECAY=weight_decay != 0, MAXIMIZE=maximize,
+            WRITE=mask_gradients, **options,
+        )  # fmt: skip
 
 
 @register("optim.adamw_", "triton", devices=("cuda",))
@@ -208,11 +209,12 @@ def adamw_(
 ) -> None:
     """As the reference, in one launch."""
     grid, options = _launch(weights, gradients, means, squares, keep, copies)
-    adamw_kernel[grid](
-        shrink=float(1 - lr * weight_decay), rate1=float(1 - beta1), beta2=float(beta2), rate2=float(1 - beta2),
-        root=float((1 - beta2**step) ** 0.5), eps=float(eps), step_size=float(lr / (1 - beta1**step)),
-        MAXIMIZE=maximize, WRITE=mask_gradients, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(weights[0]):
+        adamw_kernel[grid](
+            shrink=float(1 - lr * weight_decay), rate1=float(1 - beta1), beta2=float(beta2), rate2=float(1 - beta2),
+            root=float((1 - beta2**step) ** 0.5), eps=float(eps), step_size=float(lr / (1 - beta1**step)),
+            MAXIMIZE=maximize, WRITE=mask_gradients, **options,
+        )  # fmt: skip
 
 
 def _launch(weights: Sequence[Tensor], *others: Sequence[Tensor | None]) -> tuple[tuple[int], dict[str, Any]]:

@@ -203,10 +203,11 @@ def histogram(
     counts = torch.zeros(BINS, dtype=torch.int64, device=tensors[0].device)
     for launch in _launches(tensors, keep):
         grid = (min(launch.blocks, PROGRAMS),)
-        histogram_kernel[grid](
-            launch.table, launch.owners, launch.blocks, counts, low, shift,
-            MAGNITUDE=magnitude, LATE=shift < 23, BINS=BINS, **launch.options,
-        )  # fmt: skip
+        with torch.cuda.device_of(launch.table):
+            histogram_kernel[grid](
+                launch.table, launch.owners, launch.blocks, counts, low, shift,
+                MAGNITUDE=magnitude, LATE=shift < 23, BINS=BINS, **launch.options,
+            )  # fmt: skip
     return counts[: 1 << width]
 
 
@@ -253,18 +254,20 @@ def remove(
             owners = launch.owners.long()
             left = share[owners] - before + before[launch.table[:, 4]][owners]
             left = left.where(left < counts, BLOCK)  # no block but one a tensor has to look for them
-        remove_kernel[(launch.blocks,)](
-            launch.table, launch.owners, left, key, MAGNITUDE=magnitude, TIES=ties is not None, **launch.options
-        )
+        with torch.cuda.device_of(launch.table):
+            remove_kernel[(launch.blocks,)](
+                launch.table, launch.owners, left, key, MAGNITUDE=magnitude, TIES=ties is not None, **launch.options
+            )
     return outputs
 
 
 def _count(launch: _Launch, key: int, magnitude: bool, *, nan: bool = False) -> Tensor:
     """Return int32 ``[blocks]``: how many kept values of each block are equal to the key, or NaN."""
     counts = torch.empty(launch.blocks, dtype=torch.int32, device=launch.owners.device)
-    count_kernel[(launch.blocks,)](
-        launch.table, launch.owners, counts, key, MAGNITUDE=magnitude, NAN=nan, **launch.options
-    )
+    with torch.cuda.device_of(launch.table):
+        count_kernel[(launch.blocks,)](
+            launch.table, launch.owners, counts, key, MAGNITUDE=magnitude, NAN=nan, **launch.options
+        )
     return counts
 
 

@@ -51,7 +51,7 @@ RESNET18 = Setting("resnet18", 10, 8 / 255, 128, 3, 32, (("stem", "small"),))
 TINY = (("channels", (8, 8, 16, 16)), ("stem_width", 8))
 SETTINGS: dict[str, dict[str, tuple[Setting, ...]]] = {
     "quick": dict.fromkeys(("cpu", "cuda"), (Setting("resnet10t", 3, 0.1, 4, 1, 28, TINY),)),
-    "full": {"cpu": (replace(RESNET18, steps=3, batch=8),), "cuda": (RESNET50, RESNET18)},
+    "full": {"cpu": (replace(RESNET18, steps=3, batch=8),), "cuda": (RESNET18, RESNET50)},
 }
 
 
