@@ -30,18 +30,19 @@ def main() -> int:
     parser.add_argument(
         "--samples", type=int, default=12, help="rounds of timing, 0: gates alone; default: %(default)s"
     )
-    parser.add_argument("--out", type=Path, default=RECORD, help="the record to add to; default: %(default)s")
+    parser.add_argument("--out", type=Path, help=f"the record to add to; default: {RECORD}")
     parser.add_argument("--show", action="store_true", help="show the last run in the record, and time nothing")
     parser.add_argument("--claims", action="store_true", help="run what the claims rest on, and say which of them hold")
     parser.add_argument("--since", default="", metavar="TIME", help="with --show: only runs from this time on, UTC")
     parser.add_argument("--base", metavar="REF", help="compare with this git revision; adds nothing to the record")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the record into this folder; times nothing")
     given = parser.parse_args()
+    record = None if given.base else RECORD  # a comparison adds nothing to it
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         return bench.command(
-            given.only, csv=given.out, device=given.device, scale=given.scale, samples=given.samples, base=given.base,
-            claims=given.claims, plot=given.plot, show=given.show, since=given.since, console=console,
+            given.only, csv=given.out or record, device=given.device, scale=given.scale, samples=given.samples,
+            base=given.base, claims=given.claims, plot=given.plot, show=given.show, since=given.since, console=console,
         )  # fmt: skip
     except SparseRobustError as error:
         console.print(f"error: {error}", style="red", markup=False)

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_robust.bench.records import Record, duration, read
+from sparse_robust.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,21 +37,23 @@ _STYLE = {
 Key = tuple[str, str]
 
 
-def plot(csv: str | Path, folder: str | Path) -> list[Path]:
+def plot(csv: str | Path, folder: str | Path, operations: Sequence[str] = ()) -> list[Path]:
     """Draw what a record file holds, for each machine in it: two pictures, or none where there is nothing to draw.
 
     ``history-*.png``: the median time of every route, run by run, with 20 % and 80 % quantiles, a panel for each case.
     ``ratios-*.png``: the latest time of every rival over that of our route, with the quantiles of both as whiskers.
 
+    Args:
+        operations: what to draw; all that the file holds if none is named.
+
     Returns:
         The files written, into ``folder``, which is made if need be.
 
     Raises:
-        FileError: as `read`.
+        FileError: as `read`, or if the folder takes no files.
     """
-    records = read(csv)
+    records = [record for record in read(csv) if not operations or record.operation in operations]
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     machines: dict[str, list[Record]] = {}
     for record in records:
         machines.setdefault(machine_name(record), []).append(record)
@@ -61,7 +65,7 @@ def plot(csv: str | Path, folder: str | Path) -> list[Path]:
                 figure = draw(mine, name)
             if figure is not None:
                 path = folder / f"{kind}-{slug}.png"
-                figure.savefig(path, dpi=110, metadata={"Software": None})
+                atomic_write(path, partial(figure.savefig, format="png", dpi=110, metadata={"Software": None}))
                 written.append(path)
     return written
 

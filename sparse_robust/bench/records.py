@@ -105,11 +105,12 @@ def read(path: str | Path) -> list[Record]:
             f"{path} does not exist. Records are added to a file by make bench, or sparse-robust bench --csv."
         )
     _header(path)
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
-        return [_record(row) for row in rows]
-    except (TypeError, ValueError) as error:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [_record(row) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (TypeError, ValueError, csv.Error) as error:
         raise FileError(f"{path} holds a line that is no record ({error}). Was the file edited?") from error
 
 
@@ -118,35 +119,77 @@ def last_run(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.time == records[-1].time]
 
 
-def table(records: Sequence[Record], title: str | None = None) -> Table:
-    """Lay records out for a terminal: a row each, the routes of a case together."""
-    from rich.table import Table
+def table(records: Sequence[Record], title: str | None = None, *, width: int = 120) -> Table:
+    """Lay records out for a terminal of ``width`` columns: a row each, the routes of a case together under its name.
 
-    shown = Table(title=title, title_justify="left")
-    for heading in ("operation", "case", "route"):
-        shown.add_column(heading)
-    for heading in ("median", "20 % .. 80 %", "CPU", "relative", "rate"):
-        shown.add_column(heading, justify="right")
+    Names fold where they have to and figures are never cut; under 110 columns, some of those take two lines.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    gap, padding = (" ", (0, 0, 0, 1)) if width >= 110 else ("\n", (0, 0, 0, 0))
+    measured = any(record.memory_bytes is not None for record in records)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=padding, pad_edge=False)
+    shown.add_column("case and route", overflow="fold")
+    for heading in ("median", f"20 % ..{gap}80 %", "CPU", "relative", "rate", *(["memory"] if measured else ())):
+        shown.add_column(heading, justify="right", no_wrap=True)
     before = None
     for record in records:
-        case = (record.operation, record.case, record.device)
-        if before not in (None, case):
-            shown.add_section()
-        names = (record.operation, f"{record.case} {record.device}") if before != case else ("", "")
-        spread = f"{duration(record.q20_s)} .. {duration(record.q80_s)}"
-        rate = f"{record.per_second:,.4g} {record.unit}/s"
-        busy = "" if record.cpu_s is None else duration(record.cpu_s)
-        shown.add_row(*names, record.route, duration(record.median_s), spread, busy, f"{record.relative:.2f}x", rate)
+        case = f"{record.operation}: {record.case}, {record.device}"
+        if case != before:
+            if before is not None:
+                shown.add_section()
+            shown.add_row(Text(case, style="bold"))
+        figures = [
+            duration(record.median_s), _spread(record.q20_s, record.q80_s, gap),
+            "" if record.cpu_s is None else duration(record.cpu_s), f"{record.relative:.2f}x",
+            rate(record.per_second, record.unit, gap), "" if record.memory_bytes is None else size(record.memory_bytes),
+        ]  # fmt: skip
+        shown.add_row(Text(f"  {record.route}"), *figures[: len(shown.columns) - 1])
         before = case
     return shown
 
 
 def duration(seconds: float) -> str:
     """Write a time with three significant digits and a fitting unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+    scale, unit = _time_unit(seconds)
+    return f"{_digits(seconds / scale)} {unit}"
+
+
+def rate(per_second: float, unit: str, gap: str = " ") -> str:
+    """Write a throughput: bytes and what goes beyond a million with an SI prefix; ``gap`` stands before a unit."""
+    if unit == "B":
+        return f"{size(per_second)}/s"
+    number = _prefixed(per_second) if per_second >= 1e6 else _digits(per_second)
+    return f"{number.strip()}{gap}{unit}/s"
+
+
+def size(number: float) -> str:
+    """Write a number of bytes with three significant digits and an SI prefix."""
+    return f"{_prefixed(number)}B"
+
+
+def _prefixed(value: float) -> str:
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{_digits(value / scale)} {prefix}"
+    return f"{_digits(value)} "
+
+
+def _digits(value: float) -> str:
+    """Write three significant digits, or all of those before the point; never an exponent for what is large."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
+def _spread(low: float, high: float, gap: str) -> str:
+    scale, unit = _time_unit(high)
+    return f"{_digits(low / scale)} ..{gap}{_digits(high / scale)} {unit}"
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    units = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+    return next((each for each in units if seconds >= each[0]), units[-1])
 
 
 def _record(row: dict[str, str]) -> Record:
@@ -156,8 +199,13 @@ def _record(row: dict[str, str]) -> Record:
 
 def _header(path: Path) -> tuple[str, ...]:
     """Return the columns of a file, which are those of a record but for the ones that came later."""
-    with open(path, encoding="utf-8", newline="") as file:
-        header = tuple(next(csv.reader(file), ()))
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header = tuple(next(csv.reader(file), ()))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, csv.Error) as error:  # no UTF-8, or a picture
+        raise FileError(f"{path} is no CSV file ({error}). Name another file.") from error
     known = [column for column in COLUMNS if column in _REQUIRED or column in header]
     if list(header) != known:
         missing, extra = [c for c in _REQUIRED if c not in header], [c for c in header if c not in COLUMNS]
@@ -167,3 +215,7 @@ def _header(path: Path) -> tuple[str, ...]:
             " Records are never rewritten: name another file."
         )
     return header
+
+
+def _unreadable(path: Path, error: OSError) -> FileError:
+    return FileError(f"cannot read {path}: {error.strerror or error}. Name a record file.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from sparse_robust.bench.base import compare, comparison_table
 from sparse_robust.bench.claimed import CLAIMS
 from sparse_robust.bench.claims import FAILS, Claim, claim_table
-from sparse_robust.bench.harness import OPERATIONS, Outcome, run
+from sparse_robust.bench.harness import OPERATIONS, Outcome, run, select
 from sparse_robust.bench.machines import machine, machine_line
 from sparse_robust.bench.plots import plot as draw
 from sparse_robust.bench.records import Record, last_run, read, table
@@ -19,6 +19,7 @@ from sparse_robust.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def command(
@@ -39,6 +40,7 @@ def command(
     """Run operations (all of them if none is named), show them, and add their records to ``csv``.
 
     Args:
+        names: operations; ``plot`` and ``show`` then look at their records alone.
         list_only: show what there is, and run nothing.
         csv: the record file; the other options that read one need it.
         device: None means the GPU where there is one.
@@ -52,39 +54,77 @@ def command(
         The exit status: 0, or 1 if a gate or a claim failed.
 
     Raises:
-        UsageError: for an unknown name or revision, or options that need a record file and have none.
+        UsageError: for an unknown name or revision, options that need a record file and have none, or options of which
+            one would be ignored.
+        FileError: for a record that cannot be read or added to, or a folder that takes no pictures.
     """
     if console is None:
         from rich.console import Console
 
         console = Console()
+    select(OPERATIONS, names)
+    given = {"names of operations": names, "a record file": csv, "--claims": claims, "--since": since}
+    _refuse_ignored({"--list": list_only, "--base": base, "--plot": plot, "--show": show}, given)
     if list_only:
-        for known in OPERATIONS.values():
-            console.print(f"{known.name:14s} {known.description}", markup=False, highlight=False)
+        console.print(_listed())
         return 0
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if base is not None:
         return _against(base, names, console, device=device, scale=scale, samples=samples)
     if plot is not None:
-        for path in draw(_required(csv, "plot"), plot):
-            console.print(str(path), markup=False, highlight=False)
+        pictures = [str(path) for path in draw(_required(csv, "plot"), plot, names)]
+        nothing = f"nothing was drawn: {csv} has no record of {', '.join(names) or 'anything'}."
+        console.print("\n".join(pictures) or nothing, markup=False, highlight=False)
         return 0
     said = [claim for claim in CLAIMS if claim.device == device]
     if show:
         records = [record for record in read(_required(csv, "show")) if record.time >= since]
-        console.print(claim_table(said, records) if claims else table(last_run(records)))
+        records = [record for record in records if not names or record.operation in names]
+        console.print(claim_table(said, records) if claims else table(last_run(records), width=console.width))
         return int(claims and _any_fails(said, records))
     if claims and not names:
         names = list(dict.fromkeys(name for claim in said for name in claim.operations))
     records = []
     outcomes = run(names, device=device, scale=scale, samples=samples, out=csv, keep_going=True)
     status = report(console, outcomes, records, device=device)
-    if csv is not None:
+    if csv is not None and records:
         console.print(f"added to {csv}", markup=False, highlight=False)
     if claims:
         console.print(claim_table(said, records))
         status = int(status or _any_fails(said, records))
     return status
+
+
+# What an option that times nothing, or records nothing, goes together with.
+_TAKES = {
+    "--list": (),
+    "--base": ("names of operations",),
+    "--plot": ("names of operations", "a record file"),
+    "--show": ("names of operations", "a record file", "--claims", "--since"),
+    "": ("names of operations", "a record file", "--claims"),
+}
+
+
+def _refuse_ignored(modes: Mapping[str, object], given: Mapping[str, object]) -> None:
+    chosen = [mode for mode, value in modes.items() if value not in (None, False)] or [""]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} exclude each other: give one of them.")
+    (mode,) = chosen
+    ignored = [name for name, value in given.items() if value and name not in _TAKES[mode]]
+    if ignored:
+        what = f"{mode} does not take {' or '.join(ignored)}" if mode else f"{ignored[0]} is for --show alone"
+        raise UsageError(f"{what}: leave {'that' if len(ignored) == 1 else 'those'} out.")
+
+
+def _listed() -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table.grid(padding=(0, 2))
+    shown.add_column(no_wrap=True)
+    for known in OPERATIONS.values():
+        shown.add_row(known.name, Text(known.description))
+    return shown
 
 
 def _against(base: str, names: Sequence[str], console: Console, **options: Any) -> int:
@@ -129,7 +169,7 @@ def report(
         said = f"NOT TIMED, {outcome.failure}" if outcome.failure else outcome.shown
         console.print(what + said, style="red" if outcome.failure else "", markup=False, highlight=False)
     if records:
-        console.print(table(records))
+        console.print(table(records, width=console.width))
     if failures:
         console.print(f"{failures} cases were not timed: their gates failed, or they could not run.", style="red")
     return int(failures > 0)

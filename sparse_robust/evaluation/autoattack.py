@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sparse_robust.evaluation.record import eps_text
 _CUSTOM = (*VERSIONS, "custom")
 
 
-@dataclass
+@dataclass(slots=True)  # a wrong name raises
 class Settings:
     """What may be changed of an ensemble's members before a run; None keeps the version's value."""
 
@@ -36,7 +36,7 @@ class Settings:
 
     def given(self) -> dict[str, int]:
         """Return the values that are set, under the names that attacks have for them."""
-        given: dict[str, int] = {name: value for name, value in vars(self).items() if value is not None}
+        given: dict[str, int] = {name: value for name, value in asdict(self).items() if value is not None}
         return {"steps" if name == "n_iter" else name: value for name, value in given.items()}
 
     def apply(self, attack: EngineAttack) -> EngineAttack:

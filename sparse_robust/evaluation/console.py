@@ -120,9 +120,10 @@ class EvaluationProgress:
 def evaluation_table(evaluation: Evaluated, *, norm: str = "Linf", title: str | None = None) -> Table:
     """Lay an evaluation out: without attacks, after each stage, in total.
 
-    ``broken`` counts the images that a stage fooled; step, size and passes are of those: the median number of images
-    that the attack had shown the model before, the median size of the perturbation, and the mean number of forward and
-    backward passes an image had taken until then, over all stages.
+    ``broken`` counts the images that a stage fooled, and the columns after it are of those: the median number of images
+    that the attack had shown the model before, the median size of the perturbation, and the mean numbers of forward and
+    backward passes an image had taken until it broke, over all stages. The caption has what an image cost, broken or
+    not: verdicts do not tell how that divides among the stages.
 
     Args:
         norm: in which sizes are given.
@@ -132,19 +133,19 @@ def evaluation_table(evaluation: Evaluated, *, norm: str = "Linf", title: str | 
     """
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
-    rows, counts = evaluation.per_image, evaluation.counts
-    table = Table(title=title or f"{len(rows):,} images", title_justify="left", caption=_caption(evaluation))
+    rows = evaluation.per_image
+    title = title or f"{len(rows):,} images"
+    table = Table(title=title, title_justify="left", caption=_caption(evaluation), caption_justify="left")
     for heading in ("attack", "eps"):
-        table.add_column(heading)
-    for heading in ("accuracy", "broken", "step", f"{norm} size", "forward", "backward"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, overflow="fold")
+    for heading in ("accuracy", "broken", "step", f"{norm}\nsize", "forward\nto break", "backward\nto break"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_row(*_row("none", "", evaluation.clean, rows.select(rows.broken_by == CLEAN_WRONG), norm))
     for index, ((name, eps), robust) in enumerate(zip(evaluation.stages, evaluation.robust_after, strict=True)):
         table.add_row(*_row(name, eps_text(eps), robust, rows.select(rows.broken_by == index), norm))
     table.add_section()
-    total = _row("all", "", evaluation.robust, rows.select(rows.broken_by != UNBROKEN), norm)
-    images = max(len(rows), 1)
-    table.add_row(*total[:6], f"{counts['forward'] / images:,.1f}", f"{counts['backward'] / images:,.1f}", style="bold")
+    broken = rows.select(rows.broken_by != UNBROKEN)
+    table.add_row(*_row("all", "", evaluation.robust, broken, norm), style="bold")
     return table
 
 
@@ -170,12 +171,20 @@ def _row(name: str, eps: str, accuracy: float, ended: Verdicts, norm: str) -> tu
 
 
 def _caption(evaluation: Evaluated) -> str | None:
-    if not evaluation.flips.get("candidates"):
+    if not evaluation.stages:
         return None
-    return (
-        f"{evaluation.flips['candidates']:,} images fooled the copy that attacks work on; the model itself rejected "
-        f"{evaluation.flips.get('rejected', 0):,} of them."
+    images = max(len(evaluation.per_image), 1)
+    forward, backward, queries = (evaluation.counts[name] / images for name in ("forward", "backward", "queries"))
+    said = (
+        "step, size: medians over the images a stage broke; passes to break: means over them, all stages until then.\n"
+        f"Broken or not, an image took {forward:,.1f} forward passes ({queries:,.1f} without a gradient) and "
+        f"{backward:,.1f} backward."
     )
+    candidates, rejected = evaluation.flips.get("candidates", 0), evaluation.flips.get("rejected", 0)
+    if candidates:
+        found = "1 image" if candidates == 1 else f"{candidates:,} images"
+        said += f"\n{found} fooled the copy that attacks work on; rejected by the model itself: {rejected:,}."
+    return said
 
 
 def _count(state: State) -> str:
@@ -196,7 +205,10 @@ def _median(values: Tensor, form: str) -> str:
 
 
 def _mean(values: Tensor) -> str:
-    return f"{float(values.to(torch.float64).mean()):,.1f}" if len(values) else "-"
+    if not len(values):
+        return "-"
+    mean = float(values.to(torch.float64).mean())
+    return f"{mean:,.1f}" if mean < 1000 else f"{mean:,.0f}"
 
 
 def _minutes(seconds: float) -> str:

@@ -52,7 +52,7 @@ class Stage:
 def evaluate(
     model: Model,
     loader: Iterable[Any],
-    attacks: Sequence[EngineAttack] = (),
+    attacks: Sequence[EngineAttack] | None = None,
     eps: str | float | Sequence[str | float] = 0.0,
     *,
     file: str | Path | None = None,
@@ -80,7 +80,7 @@ def evaluate(
         model: maps images [n, C, H, W] in [0, 1] to logits [n, classes]; an nn.Module or any function.
         loader: yields (x, y) or (x, y, ids); ids default to 0, 1, ... in the order of the loader. It is streamed: at no
             time are more than ``window`` images held.
-        attacks: what to try, for example ``autoattack("standard")``.
+        attacks: what to try, for example ``autoattack("standard")``; None measures clean accuracy alone.
         eps: radius for all of them: a number, or text such as ``8/255``; several give a robustness curve.
         file: verdict file (CSV), written as the evaluation goes; one that was interrupted goes on from it, and ends
             with the same file.
@@ -96,14 +96,20 @@ def evaluate(
         on_images: called with (sample ids, images) whenever images have fooled the model.
 
     Raises:
-        UsageError: for a loader that yields nothing and for any other wrong argument; for a file of another evaluation.
+        UsageError: for a loader that yields nothing, an empty list of attacks and any other wrong argument; for a file
+            of another evaluation.
         FileError: for a damaged file.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    if attacks is not None and not attacks:
+        raise UsageError(
+            "evaluate got an empty list of attacks, under which everything is robust. Give one, such as PGD(steps=20), "
+            "or leave attacks out to measure clean accuracy alone."
+        )
     if (chunk is not None and chunk < 2) or (window is not None and window < 1):
         raise UsageError(f"chunk must be at least 2 and window at least 1 image, got {chunk} and {window}.")
-    run = _Evaluation(model, loader, attacks, eps, precision, replica, chunk, window, check)
+    run = _Evaluation(model, loader, attacks or (), eps, precision, replica, chunk, window, check)
     run.on_progress, run.on_images = on_progress, on_images
     cudnn = torch.backends.cudnn
     exact = cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False)

@@ -21,7 +21,7 @@ def validate(model: nn.Module, images: EvalLoader, recipe: Recipe, seed: int) ->
             PGD(norm=recipe.norm, steps=recipe.validation_steps, step_size=recipe.validation_step_size,
                 seed=derive_seed("validation-attack", seed))
         )  # fmt: skip
-    result = evaluate(model, images, attacks, recipe.radius, check=False, replica=False)
+    result = evaluate(model, images, attacks or None, recipe.radius, check=False, replica=False)
     return result.sa, result.ra if attacks else None
 
 

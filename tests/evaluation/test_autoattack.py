@@ -142,6 +142,8 @@ def test_wrong_settings(change: dict[str, Any], message: str) -> None:
     tried = AutoAttack(torch.nn.Identity(), version="custom", eps=0.1, verbose=False)
     with pytest.raises(UsageError, match="needs attacks_to_run"):
         tried.run_standard_evaluation(torch.rand(2, 3), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(AttributeError, match="n_querys"):
+        tried.square.n_querys = 3  # type: ignore[attr-defined]
 
 
 def breaks(digits: Any, how: str) -> tuple[Any, list[Any], Any]:

@@ -87,3 +87,8 @@ def test_a_plain_function_will_do() -> None:
 def test_an_empty_loader_is_an_error() -> None:
     with pytest.raises(UsageError, match="no batch"):
         evaluate(Threshold(), [])
+
+
+def test_an_empty_list_of_attacks_is_an_error() -> None:
+    with pytest.raises(UsageError, match="empty list of attacks"):
+        evaluate(Threshold(), [_images([0.2, 0.8])], attacks=[], eps=0.1)

@@ -123,21 +123,40 @@ def test_the_table_has_a_row_a_stage_between_clean_and_total() -> None:
         ["apgd-ce", "4/255", "40.00 %", "5", "3", "0.003", "31.0", "30.0"],
         ["square", "4/255", "40.00 %", "0", "-", "-", "-", "-"],
         ["apgd-ce", "8/255", "30.00 %", "1", "6", "0.006", "61.0", "60.0"],
-        ["all", "", "30.00 %", "7", "4", "0.0035", "46.0", "45.0"],
+        ["all", "", "30.00 %", "7", "4", "0.0035", "31.0", "30.0"],
     ]
     assert "10 images" in text_of(table) and "rejected" not in text_of(table)
 
 
 def test_sizes_are_given_in_the_norm_asked_for() -> None:
     table = evaluation_table(evaluation(), norm="L2")
-    assert cells(table)[1][5] == "0.3" and "L2 size" in text_of(table)
+    assert cells(table)[1][5] == "0.3" and table.columns[5].header == "L2\nsize"
     with pytest.raises(UsageError, match="unknown norm"):
         evaluation_table(evaluation(), norm="two")
 
 
-def test_flips_are_told() -> None:
-    shown = text_of(evaluation_table(evaluation(flips={"candidates": 1234, "rejected": 5})))
-    assert "1,234 images fooled the copy" in shown and "rejected 5 of them" in " ".join(shown.split())
+@pytest.mark.parametrize(("candidates", "images"), [(1234, "1,234 images"), (1, "1 image")])
+def test_flips_are_told(candidates: int, images: str) -> None:
+    shown = text_of(evaluation_table(evaluation(flips={"candidates": candidates, "rejected": 1})))
+    assert f"{images} fooled the copy" in shown and "rejected by the model itself: 1." in " ".join(shown.split())
+
+
+def test_the_caption_tells_what_all_images_cost_whatever_a_stage_broke() -> None:
+    table = evaluation_table(evaluation())
+    assert isinstance(table.caption, str) and "medians over the images a stage broke" in table.caption
+    assert "an image took 46.0 forward passes (1.0 without a gradient) and 45.0 backward" in table.caption
+    assert evaluation_table(evaluation(stages=(), robust_after=())).caption is None
+
+
+def test_the_table_fits_80_columns_with_every_figure_whole() -> None:
+    counts = torch.arange(10) * 1000
+    rows = evaluation().per_image
+    spent = {name: counts for name in ("forward", "backward", "queries", "step")}
+    large = evaluation(per_image=Verdicts(**{**rows.columns(), **spent}))
+    text = io.StringIO()
+    Console(file=text, width=80).print(evaluation_table(large))
+    assert "…" not in text.getvalue() and max(map(len, text.getvalue().splitlines())) <= 80
+    assert all(cell in text.getvalue() for row in cells(evaluation_table(large)) for cell in row[2:])
 
 
 def test_an_evaluation_without_attacks_has_a_table_too() -> None:
