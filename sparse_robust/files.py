@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sparse_robust.errors import FileError
 
@@ -61,17 +63,50 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)  # safetensors leaves its files to their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FileError(f"cannot write {path}: {reason}. The file that was there is unchanged.") from error
+        kept = " The file that was there is unchanged." if _is_there(path) else ""
+        raise FileError(f"cannot write {path}: {reason}.{kept}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors and texts as a safetensors file, atomically.
+
+    Equal content gives equal bytes; safetensors alone writes texts in an order that changes from process to process.
+    """
+
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, dict(metadata))
+        with open(temporary, "rb+") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) > size:  # its own writer spells JSON as tersely
+                raise SafetensorError(f"its header takes {len(text)} bytes, and {size} were written")
+            file.seek(8)
+            file.write(text.ljust(size))
+
+    atomic_write(path, write)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from sparse_robust.errors import FileError, SparseRobustError, UsageError
-from sparse_robust.files import atomic_write, canonical_json, parse_json, sha256_state, unpacked_limit
+from sparse_robust.files import canonical_json, parse_json, sha256_state, unpacked_limit, write_safetensors
 from sparse_robust.masks import unwrap
+from sparse_robust.masks.storage import METADATA as MASKS
 from sparse_robust.models.build import build_model
 from sparse_robust.models.normalization import get_normalization, set_normalization
 from sparse_robust.models.spec import ModelSpec, attach_spec, spec_of
@@ -76,7 +77,7 @@ def save_model(model: nn.Module, path: str | Path, extra: Mapping[str, Any] | No
         "sha256": sha256_state(state),
         "extra": added,
     }
-    atomic_write(path, lambda file: save_file(state, file, metadata))
+    write_safetensors(path, state, metadata)
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -137,6 +138,8 @@ def read_model_file(path: str | Path) -> ModelFile:
         raise FileError(
             f"{path} is no readable safetensors file ({error}). It is damaged or of another kind."
         ) from error
+    if MASKS in metadata:
+        raise FileError(f"{path} is a ticket or a file of masks, and has no weights: expected those of a network.")
     if metadata.get("format") != _FORMAT:
         raise FileError(f"{path} was not written by save_model: load it with create_model(NAME, checkpoint=...).")
     if metadata.get("version") != _VERSION:

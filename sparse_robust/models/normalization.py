@@ -14,7 +14,7 @@ from sparse_robust.masks import unwrap
 from sparse_robust.models.spec import find_spec
 
 
-def set_normalization(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+def set_normalization(model: nn.Module, mean: Sequence[float] | float, std: Sequence[float] | float) -> None:
     """Make ``model(x)`` compute its logits of ``(x - mean) / std``.
 
     A forward pre-hook reads the non-persistent buffers ``input_mean`` and ``input_std`` of shape [1, C, 1, 1], so names
@@ -64,8 +64,8 @@ def default_normalization(model: nn.Module, in_chans: int) -> tuple[tuple[float,
     return _fit(mean, in_chans), _fit(std, in_chans)
 
 
-def _checked(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
+def _checked(name: str, values: Sequence[float] | float) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in ([values] if isinstance(values, (int, float)) else values))
     if not numbers or not all(math.isfinite(number) for number in numbers):
         raise UsageError(f"{name} must be one finite number a channel, got {values!r}.")
     return numbers

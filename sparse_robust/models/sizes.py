@@ -92,7 +92,7 @@ def _refusal(twin: nn.Module, in_chans: int, height: int, width: int, num_classe
             logits = twin(torch.empty(1, in_chans, height, width, device="meta", dtype=like.dtype))
     except NotImplementedError:  # an operation without a shape rule
         return None
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+    except (RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if num_classes is not None and not (torch.is_tensor(logits) and logits.shape == (1, num_classes)):
         got = f"shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__

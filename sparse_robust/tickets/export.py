@@ -60,7 +60,9 @@ def export_timm(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as written:
             timm.models.save_for_hf(plain, written, safe_serialization=True, data_config=data)
             _settle(Path(written) / CONFIG, mean, std)
+            mode = (Path(written) / CONFIG).stat().st_mode
             for name in FILES:
+                (Path(written) / name).chmod(mode)  # safetensors leaves its files to their owner alone
                 (Path(written) / name).replace(folder / name)
     except OSError as error:
         raise FileError(f"cannot write {folder}: {error.strerror or error}.") from error

@@ -76,7 +76,7 @@ def run(
     recipe = Recipe(
         **{"regime": "adversarial", "steps": 2, "eps": "0.1", "epochs": 2, "batch_size": 31, "lr": 0.05,
            "momentum": 0.9, "weight_decay": 5e-4, "clip_grad": 0.5, "ema_decay": 0.5, "validation_steps": 1,
-           "dist_bn": "reduce", **more}
+           "dist_bn": "reduce", "channels_last": False, **more}  # as sharded weights lie
     )  # fmt: skip
     model = network(data)
     options = RunOptions(folder=folder, checkpoint_steps=3)

@@ -203,7 +203,7 @@ def test_pruned_transferred_and_evaluated(model: nn.Module, tmp_path: Path) -> N
     ticket = tmp_path / "found" / "tickets" / "k02.safetensors"
     moved = ["transfer", "--quiet", "--out", str(tmp_path / "moved"), weights, f"ticket={ticket}", *data]
     moved += ["recipe.regime=fast", "recipe.eps=0.02", "recipe.epochs=4", "recipe.batch_size=32", "recipe.lr=0.03"]
-    moved += ["recipe.validation_steps=2", "evaluation.eps=0.02", "evaluation.steps=5", "evaluation.images=100"]
+    moved += ["recipe.validate_every=0", "evaluation.eps=0.02", "evaluation.steps=5", "evaluation.images=60"]
     assert main(moved) == 0
     row = read_json(tmp_path / "moved" / "result.json")
     assert row["survivors"] == Ticket.load(ticket).masks.count()

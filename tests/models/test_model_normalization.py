@@ -129,3 +129,10 @@ def test_values_that_cannot_be_are_refused(mean: tuple[float, ...], std: tuple[f
     with pytest.raises(UsageError, match=says):
         set_normalization(model, mean, std)
     assert numbers(model) == pytest.approx(MEAN + STD)
+
+
+def test_one_number_is_that_of_all_channels() -> None:
+    model = create_model("test_resnet", num_classes=4, mean=0.5, std=0.25)
+    assert get_normalization(model) == ((0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(UsageError, match="std must be above 0"):
+        create_model("test_resnet", num_classes=4, std=0)
