@@ -261,8 +261,10 @@ def _scores(
 
 
 def _exact(what: str, share: float) -> Fraction:
-    if isinstance(share, str) or not 0 <= share < 1:
-        raise UsageError(f"{what} must be a number in [0, 1), got {share!r}. It is a share: 90 % is 0.9.")
+    if isinstance(share, str):
+        raise UsageError(f"{what} must be a number, got the text {share!r}.")
+    if not 0 <= share < 1:
+        raise UsageError(f"{what} must be in [0, 1), got {share}. It is a share, not a percentage: 90 % is 0.9.")
     return Fraction(str(float(share) if isinstance(share, Tensor) else share))
 
 

@@ -235,6 +235,7 @@ def test_every_score_has_a_description_and_a_source() -> None:
         ({"sparsity": 1.0}, r"must be in \[0, 1\), got 1.0"),
         ({"sparsity": -0.1}, r"must be in \[0, 1\), got -0.1"),
         ({"sparsity": 90}, r"got 90. It is a share, not a percentage"),
+        ({"sparsity": "0.9"}, "must be a number, got the text '0.9'"),
         ({"sparsity": float("nan")}, r"must be in \[0, 1\), got nan"),
         ({"sparsity": 0.99999}, "would keep 0 weights: expected from 1 to 1656"),
         ({"count": 0}, "count 0 would keep 0 weights"),
