@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,12 +17,12 @@ from sparse_robust import cli_study, cli_ticket
 from sparse_robust._env import launched_processes, set_cublas_workspace
 from sparse_robust._version import __version__
 from sparse_robust.errors import SparseRobustError, UsageError
+from sparse_robust.study.criterion import PREDICATES, Criterion
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from sparse_robust.study.config import StudyConfig
-    from sparse_robust.study.verdict import Criterion
     from sparse_robust.training.progress import ProgressReporter
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -30,8 +31,21 @@ OVERRIDES = "key=value pairs that change the configuration, such as recipe.epoch
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0 done, 1 failed, 2 wrong usage, 85 told to stop and saved (start it
-    again), 130 interrupted."""
+    again), 130 interrupted by Ctrl-C."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    before, warnings.formatwarning = warnings.formatwarning, _one_line
+    try:
+        return _run(arguments)
+    finally:
+        warnings.formatwarning = before
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Show a warning without the path and the line of source that raised it."""
+    return f"warning: {message}\n"
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     set_cublas_workspace()  # cuBLAS reads it with its first product, long before a recipe asks for deterministic
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -44,14 +58,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        _check_numbers(options)
+        if getattr(options, "tracker", None):
+            from sparse_robust.study.doctor import require_tracker
+
+            require_tracker(options.tracker)
         result: int = options.function(options)
         return result
     except SparseRobustError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_status
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted. What is finished is kept: run the same command again to go on.\n")
+        keeps = "dry_run" in options  # a verb that saves what it does
+        again = " What was saved is kept, what came after is not: run the same command again to go on." if keeps else ""
+        sys.stderr.write(f"\ninterrupted at once.{again}\n")
         return 130
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name, least in (("checkpoint_seconds", 0), ("processes", 1), ("idle_minutes", 0)):
+        value = getattr(options, name, None)
+        if value is not None and not value >= least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,12 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     study = verbs.add_parser("study", help="the whole protocol: pretrain, find, transfer, evaluate, report")
     actions = study.add_subparsers(title="actions", metavar="ACTION", required=True)
     run = _verb(actions, "run", study_run, "run what is not done yet, then write the report")
-    _configuration(run, required=True)
+    _configuration(run, study=True)
     _running(run)
     run.add_argument("--processes", type=int, default=1, help="so many workers on this machine (default: 1)")
     _joining(run)
     submit = _verb(actions, "submit", study_submit, "start workers as jobs of a cluster, which share one folder")
-    _configuration(submit, required=True)
+    _configuration(submit, study=True)
     _running(submit)
     _joining(submit)
     cli_study.add_resources(submit)
@@ -95,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         verb = _verb(verbs, name, single_run, text)
         verb.set_defaults(verb=name)
-        _configuration(verb, required=False)
+        _configuration(verb, study=False)
         _running(verb)
         verb.add_argument("--workers", type=int, default=0, help="loader processes of large data sets")
         verb.add_argument(
@@ -128,11 +156,11 @@ def _verb(parent: Any, name: str, function: Callable[[argparse.Namespace], int],
     return parser
 
 
-def _configuration(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _configuration(parser: argparse.ArgumentParser, *, study: bool) -> None:
     parser.add_argument(
         "--config",
-        required=required,
-        help="a YAML file or a preset: quickstart, small, criteria, reference, recommended",
+        required=study,
+        help="a YAML file" + (" or a preset: quickstart, small, criteria, reference, recommended" if study else ""),
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
 
@@ -209,7 +237,7 @@ def _measuring_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _criterion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--predicate", default="strict", help="what a win requires: strict, lenient or literal")
+    parser.add_argument("--predicate", default="strict", help=f"what a win requires: {', '.join(PREDICATES)}")
     parser.add_argument(
         "--tolerance", type=float, default=1.0, help="in standard deviations of the dense runs (default: 1)"
     )
@@ -217,8 +245,6 @@ def _criterion(parser: argparse.ArgumentParser) -> None:
 
 
 def _criterion_of(options: argparse.Namespace) -> Criterion:
-    from sparse_robust.study.verdict import Criterion
-
     return Criterion(predicate=options.predicate, c=options.tolerance, baseline=options.baseline)
 
 
@@ -229,6 +255,7 @@ def study_run(options: argparse.Namespace) -> int:
 
     config = _study_config(options)
     study = Study(config, options.out or Path("runs") / config.name, trust_pickle=options.trust_pickle)
+    criterion = _criterion_of(options)
     if options.dry_run:
         dry_run(study)
         return 0
@@ -237,7 +264,6 @@ def study_run(options: argparse.Namespace) -> int:
     from sparse_robust.study.report import write_report
     from sparse_robust.study.workers import run_study
 
-    criterion = _criterion_of(options)
     if options.processes > 1:
         return run_processes(options.processes, cli_study.worker_arguments(options, study))
     bars = None if options.run_name is None else False  # one of several workers: their bars would mix
@@ -258,10 +284,12 @@ def study_submit(options: argparse.Namespace) -> int:
 
     config = _study_config(options)
     study = Study(config, options.out or Path("runs") / config.name)
+    _criterion_of(options)  # a name that every worker would refuse
+    resources = cli_study.resources(options)
     if options.dry_run:
         dry_run(study)
         return 0
-    return cli_study.submit(options, study)
+    return cli_study.submit(options, study, resources)
 
 
 def study_status(options: argparse.Namespace) -> int:
@@ -285,15 +313,17 @@ def single_run(options: argparse.Namespace) -> int:
     from sparse_robust.study.console import show_configuration, show_evaluation
     from sparse_robust.study.context import Context
     from sparse_robust.study.load import build, read_config
-    from sparse_robust.study.runs import RUNS, execute, outcome, run_name
+    from sparse_robust.study.runs import RUNS, described, execute, outcome, run_name
 
     overrides = [*options.overrides, *_scoring_overrides(options), *_measuring_overrides(options)]
-    values = read_config(options.config, overrides)
+    values = read_config(options.config, overrides, study=False)
     if options.verb == "find" and isinstance(finder := values.setdefault("find", {}), dict) and "recipe" not in finder:
         finder.setdefault("method", "oneshot")  # IMP has to be told how to train
     run = build(RUNS[options.verb], values)
     folder = options.out or Path("runs") / run_name(run)
     if options.dry_run:
+        run.check(trust_pickle=options.trust_pickle)
+        described(run, folder)
         show_configuration(run)
         return 0
     bars = False if options.verb == "evaluate" else None  # which has a display of its own

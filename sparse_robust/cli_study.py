@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_robust.errors import UsageError
+from sparse_robust.errors import UsageError, unknown
 
 if TYPE_CHECKING:
+    from sparse_robust.study.cluster import Resources
     from sparse_robust.study.runner import Study
 
 
@@ -29,13 +30,25 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def submit(options: argparse.Namespace, study: Study) -> int:
+def resources(options: argparse.Namespace) -> Resources:
+    """Return what each worker is given.
+
+    Raises:
+        UsageError: for an unknown engine, or a number out of its range.
+    """
+    from sparse_robust.study import cluster
+
+    if options.engine not in cluster.ENGINES:
+        raise unknown("engine", options.engine, cluster.ENGINES)
+    given = {name: getattr(options, name) for name in ("processes", "gpus", "cpus", "memory_gb", "minutes")}
+    extra = dict(_pair(text) for text in options.option)
+    return cluster.Resources(**given, signal_seconds=options.signal_seconds, extra=extra)
+
+
+def submit(options: argparse.Namespace, study: Study, resources: Resources) -> int:
     """Start workers of a study on a cluster, and print the names of the jobs."""
     from sparse_robust.study import cluster
 
-    given = {name: getattr(options, name) for name in ("processes", "gpus", "cpus", "memory_gb", "minutes")}
-    extra = dict(_pair(text) for text in options.option)
-    resources = cluster.Resources(**given, signal_seconds=options.signal_seconds, extra=extra)
     study.folder.mkdir(parents=True, exist_ok=True)
     for job in cluster.submit(options.engine, worker_arguments(options, study), study.folder.resolve(), resources):
         sys.stdout.write(f"{job}\n")

@@ -78,6 +78,7 @@ def show_action(options: argparse.Namespace) -> int:
     """Print a ticket, and draw it if asked."""
     from sparse_robust.tickets.console import show_ticket
     from sparse_robust.tickets.picture import draw_density
+    from sparse_robust.tickets.place import ticket_file
     from sparse_robust.tickets.ticket import Ticket
 
     path = ticket_file(options.ticket)
@@ -93,8 +94,10 @@ def show_action(options: argparse.Namespace) -> int:
 
 def verify_action(options: argparse.Namespace) -> int:
     """Check a ticket, and the weights it belongs to."""
+    from sparse_robust.files import sha256_state
     from sparse_robust.models import load_model
     from sparse_robust.tickets.export import trained_under
+    from sparse_robust.tickets.place import ticket_file
     from sparse_robust.tickets.ticket import Ticket
 
     path = ticket_file(options.ticket)
@@ -104,14 +107,17 @@ def verify_action(options: argparse.Namespace) -> int:
         ticket.verify(load_model(options.weights))
         _say(f"{options.weights}: the weights this ticket was drawn from")
     if options.model is not None:
-        trained_under(ticket, options.model)
-        _say(f"{options.model}: zero wherever this ticket prunes")
+        network, _ = trained_under(ticket, options.model)
+        drawn_from = sha256_state(network.state_dict()) == ticket.base_sha256
+        found = "the weights this ticket was drawn from, not pruned yet" if drawn_from else "zero wherever it prunes"
+        _say(f"{options.model}: {found}")
     return 0
 
 
 def annotate_action(options: argparse.Namespace) -> int:
     """Add evaluations to a ticket."""
     from sparse_robust.files import read_json
+    from sparse_robust.tickets.place import ticket_file
     from sparse_robust.tickets.ticket import Ticket
 
     path = ticket_file(options.ticket)
@@ -161,6 +167,7 @@ def import_action(options: argparse.Namespace) -> int:
 def export_action(options: argparse.Namespace) -> int:
     """Write a folder for timm."""
     from sparse_robust.tickets.export import export_timm, trained_under
+    from sparse_robust.tickets.place import ticket_file
     from sparse_robust.tickets.ticket import Ticket
 
     ticket = Ticket.load(ticket_file(options.ticket))
@@ -173,6 +180,7 @@ def export_action(options: argparse.Namespace) -> int:
 def push_action(options: argparse.Namespace) -> int:
     """Publish a ticket."""
     from sparse_robust.tickets.hub import push
+    from sparse_robust.tickets.place import ticket_file
 
     pushed = push(
         ticket_file(options.ticket), options.repo, weights=options.weights, model=options.model,
@@ -198,23 +206,6 @@ def pull_action(options: argparse.Namespace) -> int:
         f"revision {pulled.revision}, sha256 {pulled.sha256}"
     )
     return 0
-
-
-def ticket_file(path: Path) -> Path:
-    """Return the ticket file that a path means: itself, or the one in a folder that was pulled or imported.
-
-    Raises:
-        UsageError: for a folder with several tickets or none; the message lists what there is.
-    """
-    if not path.is_dir():
-        return path
-    if (path / "ticket.safetensors").is_file():
-        return path / "ticket.safetensors"
-    found = sorted(file for sub in (path, path / "tickets") for file in sub.glob("k*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-    raise UsageError(f"{path} is a folder: name one of its tickets{': ' + names if names else ', it has none here'}.")
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +121,8 @@ def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(stages, "pretrain", interrupt)
     answer = run("study", "run", "--config", "quickstart", "--out", "study", "--quiet")
-    assert answer.status == 130 and "run the same command again to go on" in answer.err
+    assert answer.status == 130 and "What was saved is kept" in answer.err
+    assert "run the same command again to go on" in answer.err
     status = run("study", "status", "--out", "study")
     assert status.status == 0 and "0 of" in status.out and "next: pretrain-STD" in status.out
     assert run("study", "report", "--out", "study", "--predicate", "lenient").status == 0
@@ -128,13 +130,96 @@ def test_an_interrupted_run_says_how_to_go_on(run, monkeypatch: pytest.MonkeyPat
     assert wrong.status == 2 and "Did you mean 'strict'" in wrong.err
 
 
+def test_an_interrupted_verb_that_keeps_nothing_promises_nothing(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_robust.study import doctor
+
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupt)
+    answer = run("doctor")
+    assert answer.status == 130 and answer.err == "\ninterrupted at once.\n"
+
+
 def test_dry_run_lists_cells_and_cost_without_data_or_folder(run, tmp_path: Path) -> None:
     answer = run("study", "run", "--config", "reference", "--dry-run")
     assert answer.status == 0
     assert "find-AT-imp-at" in answer.out and "not counted" in answer.out and "folder:data/imagenet" in answer.out
     assert not list(tmp_path.iterdir())
+    assert " ? " in answer.out and "0.00 M" not in answer.out
+    assert "checkpoints that are not here: weights/fat_eps4.pt" in answer.out
     quick = run("study", "run", "--config", "quickstart", "--dry-run", "seeds=[0,1]")
     assert quick.status == 0 and "M passes at the most" in quick.out and "-s1-" in quick.out
+
+
+def test_dry_run_says_how_much_it_cannot_count(run) -> None:
+    partly = run("study", "run", "--config", "quickstart", "--dry-run", "targets.digits.data.name=folder:nowhere")
+    assert partly.status == 0 and partly.out.count("M + ?") == 2 and "here: folder:nowhere" in partly.out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ("source.name=nosuch", "unknown data set 'nosuch'"),
+        ("targets.digits.data.name=digit", "Did you mean 'digits'"),
+        ("source.augment=foo", "unknown data augment 'foo'"),
+        ("model.name=resnet99", "unknown model 'resnet99'"),
+        ("model.num_classes=7", "model.num_classes is 7 and fashion-mnist-source has 10"),
+        ("--predicate=foo", "unknown predicate 'foo'"),
+        ("--tolerance=-1", "tolerance c"),
+        ("--baseline=best", "Did you mean 'best_dense'"),
+    ],
+)
+@pytest.mark.parametrize("action", [["run"], ["submit", "--processes", "2"]])
+def test_dry_run_of_a_study_refuses_unknown_names(run, action: list[str], wrong: str, expected: str) -> None:
+    answer = run("study", *action, "--config", "quickstart", "--dry-run", wrong)
+    assert answer.status == 2 and expected in answer.err and not answer.out
+
+
+def test_dry_run_of_submit_refuses_what_the_cluster_would(run) -> None:
+    command = ["study", "submit", "--config", "quickstart", "--dry-run"]
+    assert "unknown engine 'slurn'" in run(*command, "--processes", "2", "--engine", "slurn").err
+    assert "--processes must be at least 1" in run(*command, "--processes", "0").err
+
+
+def test_help_lists_every_predicate_and_presets_for_studies_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    from sparse_robust.study.criterion import PREDICATES
+
+    shown = {}
+    for verb in (["study", "run"], ["pretrain"]):
+        with pytest.raises(SystemExit):
+            main([*verb, "--help"])
+        shown[verb[0]] = capsys.readouterr().out
+    assert ", ".join(PREDICATES) in " ".join(shown["study"].split())
+    assert "quickstart" in shown["study"] and "preset" not in shown["pretrain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pretrain", "--checkpoint-seconds=-5"], "--checkpoint-seconds must be at least 0, got -5"),
+        (["study", "run", "--config", "quickstart", "--processes", "0"], "--processes must be at least 1, got 0"),
+        (["study", "run", "--config", "quickstart", "--idle-minutes=-1"], "--idle-minutes must be at least 0, got -1"),
+        (["study", "run", "--config", "quickstart", "checkpoint_seconds=-5"], "study.checkpoint_seconds must be"),
+        (["pretrain", *NETWORK, *DATA, *QUICK, "recipe.optimizer=foo"], "unknown optimizer 'foo'"),
+        (["pretrain", *NETWORK, *DATA, *QUICK, "recipe.regime=fast", "recipe.extra={a: 1}"], "recipe.extra, here {'a'"),
+    ],
+)
+def test_options_out_of_range_are_named(run, arguments: list[str], expected: str) -> None:
+    answer = run(*arguments, "--quiet")
+    assert answer.status == 2 and expected in answer.err and "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("action", [["pretrain", *NETWORK, *DATA, *QUICK], ["study", "run", "--config", "quickstart"]])
+def test_a_tracker_that_is_not_installed_is_refused(
+    run, action: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    answer = run(*action, "--tracker", "wandb")
+    assert answer.status == 2 and not list(tmp_path.iterdir())
+    assert answer.err == (
+        "error: --tracker wandb: wandb is not installed. pip install 'sparse-robust[track]', or leave --tracker out.\n"
+    )
 
 
 def test_doctor_finds_this_machine_fit(run) -> None:
@@ -154,3 +239,26 @@ def test_module_and_script_are_the_same_thing() -> None:
         [sys.executable, "-m", "sparse_robust", "--version"], capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == f"sparse-robust {__version__}"
+
+
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    """Of the command; what calls main from Python keeps its own."""
+    before = warnings.formatwarning
+    command = [sys.executable, "-W", "always", "-c", WARNS, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.splitlines()[0] == "warning: odd [but true]"
+    assert main(["ticket", "show", "absent"]) == 1 and warnings.formatwarning is before
+
+
+WARNS = """
+import warnings
+from sparse_robust import cli
+def show(options):
+    warnings.warn("odd [but true]")
+    return 0
+import argparse
+parser = argparse.ArgumentParser()
+parser.set_defaults(function=show)
+cli.build_parser = lambda: parser
+cli.main([])
+"""

@@ -2,7 +2,7 @@
 
 from sparse_robust.data.augment import Augment
 from sparse_robust.data.data import Data
-from sparse_robust.data.load import data_from_tensors, data_sources, load_data
+from sparse_robust.data.load import check_data_name, data_from_tensors, data_sources, load_data
 from sparse_robust.data.loaders import Batch, EvalLoader, TrainLoader, eval_loader, train_loader
 from sparse_robust.data.spec import DataSpec
 from sparse_robust.data.split import TEST_IDS, VALIDATION_IDS, MemorySplit, ReaderSplit, Split, StreamSplit, View
@@ -21,6 +21,7 @@ __all__ = [
     "StreamSplit",
     "TrainLoader",
     "View",
+    "check_data_name",
     "data_from_tensors",
     "data_sources",
     "eval_loader",

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sparse_robust.data.data import Data
 from sparse_robust.data.images import send
+from sparse_robust.data.spec import AUGMENTS
 from sparse_robust.data.split import MemorySplit
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.seeding import derive_seed
@@ -48,9 +49,6 @@ class Augment:
             raise UsageError(f"augmentation ratio must be two ascending positive numbers, got {self.ratio}.")
 
 
-PRESETS = ("auto", "none", "shift", "crop-flip", "rrc")
-
-
 def make_augment(augment: str | Augment, data: Data) -> Augment:
     """Return the augmentation of a name, in the pixels of the data set.
 
@@ -70,8 +68,8 @@ def make_augment(augment: str | Augment, data: Data) -> Augment:
         name = "shift" if not data.flips else "rrc" if large else "crop-flip"
     side = min(data.size)
     small = max(1, side // 14)
-    if name not in PRESETS:
-        raise unknown("augmentation", name, PRESETS)
+    if name not in AUGMENTS:
+        raise unknown("augmentation", name, AUGMENTS)
     return {
         "none": Augment(),
         "shift": Augment(pad=small),

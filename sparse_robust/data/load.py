@@ -37,6 +37,23 @@ def load_data(spec: DataSpec | str) -> Data:
     return assemble(_read(spec), spec)
 
 
+def check_data_name(spec: DataSpec) -> None:
+    """Check that `load_data` knows the name, without looking for files.
+
+    Raises:
+        UsageError: for an unknown name, or a set that is not streamed.
+    """
+    prefix, _, rest = spec.name.partition(":")
+    if spec.streaming and prefix != "hf":
+        raise UsageError(f"only hf: data sets are streamed, got {spec.name!r}: leave streaming off.")
+    if spec.name in _NAMED:
+        return
+    if prefix not in _PREFIXED or not rest:
+        raise unknown("data set", spec.name, data_sources())
+    if prefix == "torchvision" and rest not in SETS:
+        raise unknown("torchvision data set", rest, SETS)
+
+
 def data_sources() -> dict[str, str]:
     """Return every name that `load_data` knows, with a line about each."""
     sources = {name: description for name, (description, _) in _NAMED.items()}
@@ -132,11 +149,8 @@ def _from_tensors(name: str, images: Images, first_id: int) -> MemorySplit:
 
 
 def _read(spec: DataSpec) -> Source:
-    prefix, _, rest = spec.name.partition(":")
-    if spec.streaming and prefix != "hf":
-        raise UsageError(f"only hf: data sets are streamed, got {spec.name!r}: leave streaming off.")
+    check_data_name(spec)
     if spec.name in _NAMED:
         return _NAMED[spec.name][1](spec)
-    if prefix not in _PREFIXED or not rest:
-        raise unknown("data set", spec.name, data_sources())
+    prefix, _, rest = spec.name.partition(":")
     return _PREFIXED[prefix](rest, spec)

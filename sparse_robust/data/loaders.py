@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -117,6 +118,11 @@ class _Plan(Sampler[tuple[int, Tensor]]):
         return len(self.requests)
 
 
+def _leave_ctrl_c(worker: int) -> None:
+    """Leave it to the main process, which may still want batches until it can save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _ReaderFeed:
     """Batches that worker processes decode and augment. The workers stay between passes; one pass runs at a time."""
 
@@ -124,7 +130,7 @@ class _ReaderFeed:
         self.device, self.plan = device, _Plan()
         self.loader: DataLoader[Any] = DataLoader(
             _Reading(split, how), batch_size=None, sampler=self.plan, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0, pin_memory=device.type == "cuda", worker_init_fn=_leave_ctrl_c,
         )  # fmt: skip
 
     def batches(self, plan: list[Tensor], epoch: int) -> Iterator[Batch]:

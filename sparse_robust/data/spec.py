@@ -10,6 +10,7 @@ from sparse_robust.errors import UsageError, unknown
 Subset = Literal["stratified", "first_n"]
 Statistics = Literal["source", "reference", "computed", "imagenet"]
 Storage = Literal["auto", "memory", "disk"]
+AUGMENTS = ("auto", "none", "shift", "crop-flip", "rrc")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class DataSpec:
             choices, value = get_args(hints[field.name]), getattr(self, field.name)
             if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
                 raise unknown(f"data {field.name}", str(value), choices)
+        if self.augment not in AUGMENTS:
+            raise unknown("data augment", str(self.augment), AUGMENTS)
         _check("fraction", self.fraction, "above 0 and at most 1", 0 < self.fraction <= 1)
         _check("crop", self.crop, "above 0 and at most 1", self.crop is None or 0 < self.crop <= 1)
         _check("resize", self.resize, "at least 1", self.resize is None or self.resize >= 1)

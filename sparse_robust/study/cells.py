@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from sparse_robust.data import DataSpec
 from sparse_robust.files import canonical_json
-from sparse_robust.models import ModelSpec
 from sparse_robust.study.config import NO_IDENTITY, EvaluationConfig, FinderConfig, PretrainConfig, StudyConfig
 from sparse_robust.study.inputs import Inputs
+from sparse_robust.study.network import NetworkConfig
 from sparse_robust.study.scoring import with_attack
 from sparse_robust.training import Recipe
 
@@ -25,7 +25,7 @@ class PretrainCell:
 
     kind: ClassVar[str] = "pretrain"
     theta: str
-    model: ModelSpec
+    model: NetworkConfig
     data: DataSpec
     config: PretrainConfig
     evaluation: EvaluationConfig = field(metadata=NO_IDENTITY)

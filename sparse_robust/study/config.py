@@ -11,9 +11,9 @@ from sparse_robust.attacks.autoattack import MEMBERS, VERSIONS, member
 from sparse_robust.data import DataSpec
 from sparse_robust.errors import UsageError, unknown
 from sparse_robust.evaluation import PRECISIONS
-from sparse_robust.models import ModelSpec
 from sparse_robust.pruning import survivors
 from sparse_robust.pruning.dynamic import METHODS, Dynamics
+from sparse_robust.study.network import NetworkConfig
 from sparse_robust.study.scoring import ScoreAttack, check_finder
 from sparse_robust.training import Recipe
 
@@ -57,6 +57,10 @@ class EvaluationConfig:
             raise UsageError(f"evaluation.attacks is empty; known: {', '.join(ATTACKS)}.")
         if self.precision not in PRECISIONS:
             raise unknown("evaluation precision", self.precision, PRECISIONS)
+        if self.images is not None and self.images < 1:
+            raise UsageError(f"evaluation.images must be at least 1, or null for all test images, got {self.images}.")
+        if self.batch_size < 1:
+            raise UsageError(f"evaluation.batch_size must be at least 1, got {self.batch_size}.")
         Budget(self.norm, self.radius)
         self.build()
 
@@ -284,7 +288,7 @@ class StudyConfig:
     """Short name; results go to runs/NAME unless --out says otherwise."""
     description: str = ""
     """What the study is for, in a sentence; the report prints it."""
-    model: ModelSpec
+    model: NetworkConfig
     """The network."""
     source: DataSpec
     """The task of the pre-training."""
@@ -315,6 +319,8 @@ class StudyConfig:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if not (self.pretrain and self.find and self.targets and self.seeds):
             raise UsageError("a study needs at least one entry each of pretrain, find, targets and seeds.")
+        if not self.checkpoint_seconds >= 0:
+            raise UsageError(f"study.checkpoint_seconds must be at least 0, got {self.checkpoint_seconds}.")
         if not self.lease_seconds > 0:
             raise UsageError(f"study.lease_seconds must be above 0, got {self.lease_seconds}.")
         if len(set(self.seeds)) != len(self.seeds):

@@ -11,17 +11,18 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
-from sparse_robust.data import DataSpec, load_data
+from sparse_robust.data import DataSpec, check_data_name, load_data
 from sparse_robust.errors import SparseRobustError
 from sparse_robust.evaluation import read_evaluation
 from sparse_robust.evaluation.console import curve_table, evaluation_table
-from sparse_robust.models import ModelSpec
 from sparse_robust.study.activity import Activity, activity
 from sparse_robust.study.cells import Cell, FindCell, cell_name
 from sparse_robust.study.config import StudyConfig
 from sparse_robust.study.estimate import Cost, cell_cost, pass_flops
 from sparse_robust.study.evaluation_run import VERDICTS
 from sparse_robust.study.load import build, to_plain
+from sparse_robust.study.network import NetworkConfig
+from sparse_robust.study.preflight import check_network
 from sparse_robust.study.report.words import duration
 from sparse_robust.study.results import load_results
 from sparse_robust.study.runner import Study
@@ -42,8 +43,14 @@ def show_configuration(value: Any, console: Console | None = None) -> None:
 
 
 def dry_run(study: Study, console: Console | None = None) -> None:
-    """Print the configuration, the cells with their state, and an estimate of the work."""
+    """Print the configuration, the cells with their state, and an estimate of the work.
+
+    Raises:
+        UsageError: for names that are not known, and what else would stop every run of this study. Data and
+            checkpoints may be elsewhere: what is not here is said.
+    """
     console = console or Console()
+    sizes = _all_sizes(study)
     show_configuration(study.config, console)
     pending = set(map(cell_name, study.pending()))
     for cell in study.cells[:LISTED]:
@@ -60,25 +67,24 @@ def dry_run(study: Study, console: Console | None = None) -> None:
         "evaluation passes",
         title="work, in forward+backward passes of an image",
     )
-    known: dict[DataSpec, _Sizes | None] = {}
-    total, flops, unknown = Cost(0, 0), 0, set[str]()
+    total, flops, absent = Cost(0, 0), 0, {spec.name for spec, size in sizes.items() if size is None}
     for kind in ("pretrain", "find", "transfer"):
         cells = [cell for cell in study.cells if cell.kind == kind]
         train = evaluation = 0
-        for cell in cells:
-            sizes = _sizes(_data_of(cell), study.config.model, known)
-            if sizes is None:
-                unknown.add(_data_of(cell).name)
-            else:
-                cost = cell_cost(cell, *sizes.split)
-                train, evaluation = train + cost.train, evaluation + cost.evaluation
-                flops += cost.passes * sizes.flops
+        counted = [(cell, size) for cell in cells if (size := sizes[_data_of(cell)]) is not None]
+        for cell, size in counted:
+            cost = cell_cost(cell, *size.split)
+            train, evaluation = train + cost.train, evaluation + cost.evaluation
+            flops += cost.passes * size.flops
         total = Cost(total.train + train, total.evaluation + evaluation)
         todo = sum(cell_name(cell) in pending for cell in cells)
-        table.add_row(kind, str(len(cells)), str(todo), f"{train / 1e6:,.2f} M", f"{evaluation / 1e6:,.2f} M")
+        passes = (_passes(number, len(counted), len(cells)) for number in (train, evaluation))
+        table.add_row(kind, str(len(cells)), str(todo), *passes)
     console.print(table)
-    if unknown:
-        console.print(f"not counted, because the data is not here: {', '.join(sorted(unknown))}", highlight=False)
+    if absent:
+        console.print(f"not counted, because the data is not here: {', '.join(sorted(absent))}", highlight=False)
+    if missing := study.missing_checkpoints():
+        console.print(f"checkpoints that are not here: {', '.join(missing.values())}", markup=False, highlight=False)
     if not total.passes:
         return
     console.print(
@@ -87,6 +93,12 @@ def dry_run(study: Study, console: Console | None = None) -> None:
         f"GPU that computes {GPU_RATE / 1e12:.0f} TFLOP/s, which one might plan with for a ResNet-50 at 224 x 224.",
         highlight=False,
     )
+
+
+def _passes(number: int, counted: int, cells: int) -> str:
+    """Return a number of passes, with a question mark for cells whose data is not here to be counted."""
+    known = f"{number / 1e6:,.2f} M" if counted or not cells else ""
+    return " + ".join(filter(None, (known, "?" if counted < cells else "")))
 
 
 def status(folder: Path, console: Console | None = None) -> None:
@@ -187,14 +199,23 @@ class _Sizes(NamedTuple):
     flops: int
 
 
-def _sizes(spec: DataSpec, model: ModelSpec, known: dict[DataSpec, _Sizes | None]) -> _Sizes | None:
-    """Return the sizes of a data set's splits, and what a pass of one image costs; None where it is not here."""
-    if spec not in known:
-        try:
-            data = load_data(spec)
-        except (SparseRobustError, OSError, ImportError):
-            known[spec] = None
-        else:
-            flops = pass_flops(model, (data.in_chans, *data.size))
-            known[spec] = _Sizes((len(data.train), len(data.validation), len(data.test)), flops)
-    return known[spec]
+def _all_sizes(study: Study) -> dict[DataSpec, _Sizes | None]:
+    """Return the sizes of all data sets of a study; None for those that are not here."""
+    model, source = study.config.model, study.config.source
+    specs = dict.fromkeys([source, *map(_data_of, study.cells)])
+    for spec in specs:
+        check_data_name(spec)
+    check_network(model)
+    return {spec: _sizes(spec, model, fixed=spec == source) for spec in specs}
+
+
+def _sizes(spec: DataSpec, model: NetworkConfig, *, fixed: bool) -> _Sizes | None:
+    """Return the sizes of a data set's splits, and what a pass of one image costs; None where it is not here. A network
+    that is ``fixed`` to it has its classes and channels."""
+    try:
+        data = load_data(spec)
+    except (OSError, ImportError):  # a FileError is an OSError
+        return None
+    network = model.for_data(data) if fixed else model.spec()
+    flops = pass_flops(network, (data.in_chans, *data.size))
+    return _Sizes((len(data.train), len(data.validation), len(data.test)), flops)

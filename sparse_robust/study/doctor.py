@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparse_robust.errors import SparseRobustError, UsageError
+
 REQUIRED = (
     "torch",
     "torchvision",
@@ -49,6 +51,19 @@ def examine(console: Console | None = None) -> int:
         failures += state == BAD
     console.print(table)
     return 1 if failures else 0
+
+
+def require_tracker(name: str) -> None:
+    """Check that Accelerate can send numbers to a tracker: one that it cannot find it leaves out.
+
+    Raises:
+        UsageError: with the command that installs it.
+    """
+    from accelerate.tracking import get_available_trackers
+
+    if name not in map(str, get_available_trackers()):
+        command = OPTIONAL[name].partition(": ")[2]
+        raise UsageError(f"--tracker {name}: {name} is not installed. {command}, or leave --tracker out.")
 
 
 def _checks() -> Iterator[tuple[str, str, str]]:
@@ -102,7 +117,6 @@ def _kernels() -> tuple[str, str]:
 
 def _embedded() -> tuple[str, str]:
     from sparse_robust.data import DataSpec, load_data
-    from sparse_robust.errors import SparseRobustError
 
     try:
         sizes = {

@@ -88,7 +88,7 @@ def pass_flops(model: ModelSpec, image: Sequence[int]) -> int:
 
 def parameter_count(config: StudyConfig) -> int:
     """Return the number of parameters of the study's network, without allocating them."""
-    return _parameters(config.model)
+    return _parameters(config.model.spec())
 
 
 @lru_cache(maxsize=8)

@@ -25,7 +25,8 @@ from sparse_robust.masks import Masks
 from sparse_robust.models import check_input_size, load_model, spec_of
 from sparse_robust.study.config import EvaluationConfig
 from sparse_robust.study.context import Context
-from sparse_robust.tickets import Ticket, zero_masks
+from sparse_robust.study.preflight import data_here
+from sparse_robust.tickets import Ticket, ticket_file, zero_masks
 
 VERDICTS, RECORD = "verdicts.csv", "record.json"
 ALARM_IMAGES = 200
@@ -51,13 +52,23 @@ class EvaluateRun:
     parent: str | None = None
     """The weights file of the dense network, for the alarm that compares attacks on it."""
     ticket: str | None = None
-    """The ticket of the weights; without it, weights that are exactly zero count as pruned."""
+    """The ticket of the weights, or a folder with one; without it, weights that are exactly zero count as pruned."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "curve", tuple(self.curve))
         object.__setattr__(self, "sources", tuple(self.sources))
         for eps in self.curve:
             parse_eps(eps, self.evaluation.norm)
+        if self.ticket is not None:
+            object.__setattr__(self, "ticket", str(ticket_file(Path(self.ticket))))
+
+    def check(self, *, trust_pickle: bool = False) -> None:
+        """Check, before anything is computed, that the data and the files are there and fit each other."""
+        data = data_here(self.data)
+        for path in (self.weights, *self.sources, *([self.parent] if self.parent is not None else [])):
+            _load(path, data)
+        if self.ticket is not None:
+            Ticket.load(self.ticket)
 
     def execute(self, folder: Path, context: Context) -> dict[str, Any]:
         """Run it in ``folder``: its verdict file is where an interrupted evaluation goes on."""
@@ -98,14 +109,7 @@ class EvaluateRun:
         return row
 
     def _model(self, path: str, data: Data, context: Context) -> nn.Module:
-        model = load_model(Path(path))
-        if spec_of(model).num_classes != data.num_classes:
-            raise UsageError(
-                f"{path} tells {spec_of(model).num_classes} classes apart and {data.name} has {data.num_classes}: "
-                "transfer it to this data set first."
-            )
-        check_input_size(model, *data.size)
-        return model.to(context.accelerator.device).eval()
+        return _load(path, data).to(context.accelerator.device).eval()
 
     def _loader(self, data: Data, context: Context, limit: int | None = None) -> Any:
         accelerator, how = context.accelerator, self.evaluation
@@ -149,6 +153,20 @@ class EvaluateRun:
         if self.ticket is not None:
             return Ticket.load(Path(self.ticket)).masks
         return zero_masks(model)
+
+
+def _load(path: str, data: Data | None) -> nn.Module:
+    """Return the network of a weights file, which must be one for this data set, where that is known."""
+    model = load_model(path)
+    if data is None:
+        return model
+    if spec_of(model).num_classes != data.num_classes:
+        raise UsageError(
+            f"{path} tells {spec_of(model).num_classes} classes apart and {data.name} has {data.num_classes}: "
+            "transfer it to this data set first."
+        )
+    check_input_size(model, *data.size)
+    return model
 
 
 def _named(paths: Sequence[str]) -> dict[str, str]:

@@ -31,13 +31,19 @@ class Inputs:
         """Return ``sha256:...`` of a file's content (of a folder: of its files' names and contents), else the text.
 
         What names no file here, such as a published model, is its own identity.
+
+        Raises:
+            FileError: for a file that cannot be read.
         """
         place, known = Path(path), self._known.get(path)
-        if not place.exists():
-            return f"sha256:{known[1]}" if known else path
-        stamp = self._stamp(place)
-        if known is None or known[0] != stamp:
-            self._known[path] = known = [stamp, _digest(place)]
+        try:
+            if not place.exists():
+                return f"sha256:{known[1]}" if known else path
+            stamp = self._stamp(place)
+            if known is None or known[0] != stamp:
+                self._known[path] = known = [stamp, _digest(place)]
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
         return f"sha256:{known[1]}"
 
     def save(self) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -18,7 +17,8 @@ from sparse_robust.files import atomic_write
 from sparse_robust.models import load_model
 from sparse_robust.study import stages
 from sparse_robust.study.context import Context
-from sparse_robust.study.load import build
+from sparse_robust.study.load import build, read_spec
+from sparse_robust.study.preflight import data_here
 from sparse_robust.tickets import Ticket
 
 TRAJECTORY = "trajectory"
@@ -55,6 +55,13 @@ class LandscapeRun:
             raise UsageError("name the folders of transfers (runs=[a, b]), and one column of panels or more.")
         if self.directions not in DIRECTIONS:
             raise UsageError(f"directions are {' or '.join(DIRECTIONS)}, got {self.directions!r}.")
+
+    def check(self, *, trust_pickle: bool = False) -> None:
+        """Check, before anything is computed, that the transfers are there."""
+        for run in map(Path, self.runs):
+            spec = _transfer_of(run)
+            path_files(run)
+            data_here(build(DataSpec, spec["data"]))
 
     def execute(self, folder: Path, context: Context) -> dict[str, Any]:
         """Run it in ``folder``: the picture is landscape.png and .svg, the numbers are in result.json."""
@@ -128,7 +135,7 @@ def path_files(run: Path) -> list[Path]:
 def _transfer_of(run: Path) -> dict[str, Any]:
     if not (run / "result.json").exists():
         raise UsageError(f"{run} is no finished run: result.json is missing.")
-    spec: dict[str, Any] = yaml.safe_load((run / "spec.yaml").read_text(encoding="utf-8"))
+    spec = read_spec(run / "spec.yaml")
     if spec.get("kind") != "TransferRun":
         raise UsageError(f"{run} is a {spec.get('kind')}, and landscapes are drawn of transfers.")
     return spec

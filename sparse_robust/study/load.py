@@ -11,7 +11,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from sparse_robust.errors import UsageError, unknown
+from sparse_robust.errors import FileError, UsageError, unknown
+from sparse_robust.files import canonical_json
 
 T = TypeVar("T")
 
@@ -22,8 +23,10 @@ def presets() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
-def read_config(source: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_config(source: str | Path | None, overrides: Sequence[str] = (), *, study: bool = True) -> dict[str, Any]:
     """Return the plain values of a preset or a YAML file with ``key.sub=value`` overrides applied; values are YAML.
+
+    Presets are studies: without ``study``, the configuration is that of a single run, and only a file will do.
 
     Raises:
         UsageError: for an unknown preset, a file that is not a YAML mapping, or an override without ``=``.
@@ -32,6 +35,8 @@ def read_config(source: str | Path | None, overrides: Sequence[str] = ()) -> dic
     if source is not None:
         file = Path(source)
         if not (file.suffix in (".yaml", ".yml") or file.exists()):
+            if not study:
+                raise UsageError(_no_file(str(source)))
             if str(source) not in presets():
                 raise unknown("preset", str(source), [*presets(), "FILE.yaml"])
             file = presets()[str(source)]
@@ -43,6 +48,33 @@ def read_config(source: str | Path | None, overrides: Sequence[str] = ()) -> dic
             raise UsageError(f"expected key=value, such as recipe.epochs=5, got {override!r}.")
         _set(values, key, text)
     return values
+
+
+def _no_file(source: str) -> str:
+    if source in presets():
+        return f"{source} is a study's preset: use `sparse-robust study run --config {source}`, or give a YAML file."
+    return f"there is no file {source}: --config takes a YAML file with the keys of this verb."
+
+
+def read_spec(file: Path) -> dict[str, Any]:
+    """Return what the ``spec.yaml`` of a run says.
+
+    Raises:
+        FileError: if it cannot be read, or is not what a run writes.
+    """
+    try:
+        there = _parse(file.read_text(encoding="utf-8"))
+        canonical_json(there)
+    except OSError as error:
+        raise FileError(f"cannot read {file}: {error.strerror or error}.") from error
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{file} is damaged ({error}). Choose another --out, or delete {file.parent}.") from error
+    if not isinstance(there, dict):
+        raise FileError(
+            f"{file} is damaged: expected the keys of a run, got {there!r:.80}. Choose another --out, or delete "
+            f"{file.parent}."
+        )
+    return there
 
 
 def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -129,6 +161,21 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which would let the last of two equal keys win, without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line, name = key.start_mark.line + 1, (key.tag, key.value)
+                if name in lines:
+                    raise ValueError(f"it has the key {key.value!r} twice, on lines {lines[name]} and {line}: keep one")
+                lines[name] = line
+        return node
+
+
 LARGEST, MOST_VALUES, DEEPEST = 1 << 22, 100_000, 50
 """Bytes of a configuration file; values in it, every use of an anchor counted; levels of nesting."""
 
@@ -137,11 +184,11 @@ def _parse(text: str) -> Any:
     """Return the value of a YAML text that may come from anywhere.
 
     Raises:
-        ValueError: if it is not YAML, asks for Python objects, or is larger or deeper than a configuration, which a few
-            anchors that use each other can be.
+        ValueError: if it is not YAML, has a key twice, asks for Python objects, or is larger or deeper than a
+            configuration, which a few anchors that use each other can be.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, RecursionError, TypeError, OverflowError, AttributeError) as error:
         raise ValueError(str(error)) from error
     waiting, seen = [(value, 0)], 0

@@ -26,11 +26,12 @@ def command(arguments: Sequence[str]) -> list[str]:
 def run_processes(count: int, arguments: Sequence[str]) -> int:
     """Run ``count`` workers with the same arguments to their end; return the exit status of the run.
 
-    A worker that is killed loses nothing: the others take its cell over. Signals that ask for an end reach all of them.
+    A worker that is killed loses nothing: the others take its cell over. Signals that ask for an end reach all of them:
+    this process passes them on, but for Ctrl-C, which the terminal sends to the workers, too.
     """
     workers = [subprocess.Popen(command(arguments), env=environment(index, count)) for index in range(count)]
     with _forwarding(workers):
-        codes = [_wait(worker) for worker in workers]
+        codes = [worker.wait() for worker in workers]
     return status(codes)
 
 
@@ -48,14 +49,6 @@ def status(codes: Sequence[int]) -> int:
     return max(ended, default=1)
 
 
-def _wait(worker: subprocess.Popen[bytes]) -> int:
-    while True:
-        try:
-            return worker.wait()
-        except KeyboardInterrupt:  # the terminal has sent it to the workers, too: they are about to end
-            continue
-
-
 @contextmanager
 def _forwarding(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     def forward(number: int, _: FrameType | None) -> None:
@@ -63,6 +56,7 @@ def _forwarding(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             worker.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)  # they have it from the terminal
     try:
         yield
     finally:

@@ -100,12 +100,15 @@ class Study:
                     "which belongs to another configuration. Wait for it, or choose another --out."
                 )
 
+    def missing_checkpoints(self) -> dict[str, str]:
+        """Return the checkpoint files that are not here, by the pre-training that wants them."""
+        cells = [cell for cell in self.cells if isinstance(cell, PretrainCell) and cell.config.checkpoint is not None]
+        named = {cell.theta: cell.content for cell in cells if cell.content == cell.config.checkpoint}
+        return {theta: path for theta, path in named.items() if path and Path(path).suffix and ":" not in path}
+
     def _require_checkpoints(self) -> None:
-        for cell in self.cells:
-            if isinstance(cell, PretrainCell) and cell.config.checkpoint is not None:
-                path = cell.config.checkpoint
-                if cell.content == path and Path(path).suffix and ":" not in path:
-                    raise UsageError(f"pretrain.{cell.theta}.checkpoint {path} does not exist (from {Path.cwd()}).")
+        for theta, path in self.missing_checkpoints().items():
+            raise UsageError(f"pretrain.{theta}.checkpoint {path} does not exist (from {Path.cwd()}).")
 
     def run_cell(self, cell: Cell, context: Context) -> dict[str, Any]:
         """Run one cell, whose predecessors are done, and return its result row."""

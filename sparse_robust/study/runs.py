@@ -10,17 +10,20 @@ from typing import Any
 import yaml
 
 from sparse_robust.data import DataSpec
-from sparse_robust.errors import SparseRobustError, UsageError
+from sparse_robust.errors import FileError, SparseRobustError, UsageError
 from sparse_robust.files import canonical_json, ensure_writable, read_json, sha256_file, write_json, write_text
-from sparse_robust.models import ModelSpec
+from sparse_robust.models import load_model, load_state, read_model_file
 from sparse_robust.study import stages
 from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
 from sparse_robust.study.context import Context
 from sparse_robust.study.evaluation_run import EvaluateRun
 from sparse_robust.study.landscape_run import TRAJECTORY, LandscapeRun, path_files
-from sparse_robust.study.load import to_plain
+from sparse_robust.study.load import read_spec, to_plain
+from sparse_robust.study.network import NetworkConfig
+from sparse_robust.study.preflight import check_network, data_here
 from sparse_robust.study.scoring import check_like, with_attack
+from sparse_robust.tickets import Ticket, ticket_file
 from sparse_robust.training import Recipe
 from sparse_robust.training.trajectory import Trajectory
 
@@ -29,7 +32,7 @@ from sparse_robust.training.trajectory import Trajectory
 class PretrainRun:
     """``sparse-robust pretrain``: train a network from scratch, from timm's weights or from a checkpoint."""
 
-    model: ModelSpec
+    model: NetworkConfig
     data: DataSpec
     recipe: Recipe | None = None
     checkpoint: str | None = None
@@ -42,6 +45,12 @@ class PretrainRun:
                 "say where the weights come from: recipe.* trains from scratch (recipe.regime=fast, for example), "
                 "checkpoint=FILE reads a file, model.pretrained=true takes timm's published weights."
             )
+
+    def check(self, *, trust_pickle: bool = False) -> None:
+        """Check, before anything is computed, that names are known, and that files are there and fit each other."""
+        check_network(self.model, data_here(self.data))
+        if self.checkpoint is not None:
+            load_state(self.checkpoint, trust_pickle=trust_pickle)
 
     def execute(self, folder: Path, context: Context) -> dict[str, Any]:
         """Run it in ``folder``."""
@@ -77,6 +86,14 @@ class FindRun:
         if self.like is not None:
             check_like(self.find)
 
+    def check(self, *, trust_pickle: bool = False) -> None:
+        """Check, before anything is computed, that names are known, and that files are there."""
+        data_here(self.data)
+        read_model_file(self.weights)
+        if self.like is not None:
+            for k in range(1, self.find.rounds + 1):
+                Ticket.load(stages.ticket_file(Path(self.like), k))
+
     def execute(self, folder: Path, context: Context) -> dict[str, Any]:
         """Run it in ``folder``."""
         like = Path(self.like) if self.like is not None else None
@@ -99,13 +116,25 @@ class TransferRun:
     weights: str
     """The weights.safetensors the ticket was drawn from."""
     ticket: str | None = None
-    """A ticket file; None transfers the dense network."""
+    """A ticket file, or a folder with one; None transfers the dense network."""
     data: DataSpec
     recipe: Recipe = Recipe()
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectory: bool = False
     """Keep the network after every epoch, for ``sparse-robust landscape``."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ticket is not None:
+            object.__setattr__(self, "ticket", str(ticket_file(Path(self.ticket))))
+
+    def check(self, *, trust_pickle: bool = False) -> None:
+        """Check, before anything is computed, that names are known, and that files are there and fit each other."""
+        data, model = data_here(self.data), load_model(self.weights)
+        if self.ticket is not None:
+            Ticket.load(self.ticket).require_base(read_model_file(self.weights).sha256)
+        if data is not None:
+            stages.fit_to(model, data, self.seed)
 
     def execute(self, folder: Path, context: Context) -> dict[str, Any]:
         """Run it in ``folder``."""
@@ -118,6 +147,7 @@ class TransferRun:
 
 
 Run = PretrainRun | FindRun | TransferRun | EvaluateRun | LandscapeRun
+SPEC, RESULT = "spec.yaml", "result.json"
 RUNS: dict[str, type[Run]] = {
     "pretrain": PretrainRun,
     "find": FindRun,
@@ -138,12 +168,23 @@ def outcome(run: Run, row: dict[str, Any]) -> str:
 
 
 def _inputs(run: Run) -> dict[str, str]:
-    """Return the sha256 of the files a run reads: the same path may hold something else tomorrow."""
+    """Return the sha256 of the files a run reads: the same path may hold something else tomorrow.
+
+    Raises:
+        FileError: for a file that cannot be read.
+    """
     paths = [getattr(run, name, None) for name in ("weights", "ticket", "checkpoint", "parent")]
     paths += getattr(run, "sources", ())
     if isinstance(run, LandscapeRun):
         paths += [str(point) for folder in run.runs for point in path_files(Path(folder))]
-    return {path: sha256_file(path) for path in paths if path is not None and Path(path).is_file()}
+    found = {}
+    for path in filter(None, paths):
+        try:
+            if Path(path).is_file():
+                found[path] = sha256_file(path)
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
+    return found
 
 
 def run_name(run: Run) -> str:
@@ -152,26 +193,38 @@ def run_name(run: Run) -> str:
     return f"{verb}-{hashlib.sha256(canonical_json(describe(run)).encode()).hexdigest()[:8]}"
 
 
+def described(run: Run, folder: Path) -> dict[str, Any]:
+    """Return what ``spec.yaml`` says of a run, after a look at the one that the folder may hold.
+
+    Raises:
+        UsageError: if the folder holds a run with another configuration. Where that has no result yet and training
+            would be the same, another evaluation is none: a mistake there must not cost the training.
+        FileError: if what the folder holds cannot be read, or an input file cannot.
+    """
+    spec = {"kind": type(run).__name__, **to_plain(run), "inputs": _inputs(run)}
+    if not (folder / SPEC).exists():
+        return spec
+    there = read_spec(folder / SPEC)
+    changed = sorted(key for key in {*there, *spec} if canonical_json(there.get(key)) != canonical_json(spec.get(key)))
+    corrected = changed == ["evaluation"] and isinstance(run, PretrainRun | TransferRun)
+    if changed and not (corrected and not (folder / RESULT).exists()):
+        raise UsageError(
+            f"{folder} holds a run with another configuration or other input files (different: "
+            f"{', '.join(changed)}). Choose another --out, or delete that folder."
+        )
+    return spec
+
+
 def execute(run: Run, folder: Path, context: Context) -> dict[str, Any]:
     """Run in ``folder``, or return the result that is there already.
 
     Raises:
-        UsageError: if the folder holds a run with another configuration.
+        UsageError, FileError: as `described`.
     """
-    spec = {"kind": type(run).__name__, **to_plain(run), "inputs": _inputs(run)}
-    recorded, result = folder / "spec.yaml", folder / "result.json"
-    if recorded.exists():
-        there = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-        if canonical_json(there) != canonical_json(spec):
-            changed = sorted(key for key in {*there, *spec} if there.get(key) != spec.get(key))
-            raise UsageError(
-                f"{folder} holds a run with another configuration or other input files (different: "
-                f"{', '.join(changed)}). "
-                "Choose another --out, or delete that folder."
-            )
-        if result.exists():
-            found: dict[str, Any] = read_json(result)
-            return found
+    spec, recorded, result = described(run, folder), folder / SPEC, folder / RESULT
+    if recorded.exists() and result.exists():
+        found: dict[str, Any] = read_json(result)
+        return found
 
     def begin() -> None:
         ensure_writable(folder)

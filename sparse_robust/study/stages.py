@@ -39,6 +39,7 @@ from sparse_robust.study.cells import describe
 from sparse_robust.study.config import EvaluationConfig, FinderConfig, PretrainConfig
 from sparse_robust.study.context import Context
 from sparse_robust.study.finding import STATE, State, changed_masks, resumed_state, rewind_target, save_state
+from sparse_robust.study.network import NetworkConfig
 from sparse_robust.study.scoring import pruning_options
 from sparse_robust.tickets import Ticket
 from sparse_robust.training import Hook, Recipe
@@ -60,7 +61,7 @@ def network_for(spec: ModelSpec, data: Data, seed: int) -> nn.Module:
 
 
 def pretrain(
-    spec: ModelSpec,
+    spec: NetworkConfig,
     data_spec: DataSpec,
     config: PretrainConfig,
     evaluation: EvaluationConfig,
@@ -94,16 +95,14 @@ def pretrain(
 
 
 def _trained(
-    spec: ModelSpec, data: Data, config: PretrainConfig, seed: int, folder: Path, context: Context, label: str
+    spec: NetworkConfig, data: Data, config: PretrainConfig, seed: int, folder: Path, context: Context, label: str
 ) -> tuple[dict[str, Any], nn.Module]:
     """Return the record of the training and the network with the weights to keep."""
+    pretrained = config.checkpoint is None and (config.pretrained or spec.pretrained)
+    model = network_for(spec.for_data(data).with_(pretrained=pretrained), data, derive_seed("model", seed))
     if config.checkpoint is not None:
-        model = network_for(spec.with_(pretrained=False), data, derive_seed("model", seed))
         state = load_state(config.checkpoint, trust_pickle=context.trust_pickle)
         import_weights(model, state, source=config.checkpoint)
-    else:
-        pretrained = config.pretrained or spec.pretrained
-        model = network_for(spec.with_(pretrained=pretrained), data, derive_seed("model", seed))
     if config.recipe is None:
         return {"regime": None, "epochs": 0, "history": [], "stopped_by_guard": False, "seconds": 0.0}, model
     trained = context.train(
@@ -177,12 +176,9 @@ def find(
         target = rewind_target(config, model, initial, train_round, folder, context.on_main)
         begin = resumed_state(folder, len(done)) if target == "lr" and done else theta
         how: dict[str, Any] = {
-            "rounds": config.rounds,
-            "rate": config.rate,
-            "sparsities": config.sparsities,
-            "rewind": target,
+            "rounds": config.rounds, "rate": config.rate, "sparsities": config.sparsities, "rewind": target,
             "done": done,
-        }
+        }  # fmt: skip
         for k, masks in imp(model, begin, train_round, **how, **cutting):
             if target == "lr":
                 state = model.state_dict()
@@ -285,7 +281,7 @@ def transfer(
         ticket_masks = loaded.masks
         ticket_masks.apply_(model)
         masks = without_head(ticket_masks, model)
-    _fit_to(model, data, derive_seed("head", seed))
+    fit_to(model, data, derive_seed("head", seed))
     trained = context.train(
         model, data, recipe, seed=derive_seed("transfer", data_spec.name, seed), masks=masks, folder=folder, name=label,
         hooks=hooks,
@@ -349,8 +345,8 @@ def _by_attack(found: Evaluation) -> dict[str, Any]:
     return {"attacks": {name: 100 * left for name, left in zip(names, found.robust_after, strict=True)}}
 
 
-def _fit_to(model: nn.Module, data: Data, seed: int) -> None:
-    """Give the network a new head and the statistics of its new data."""
+def fit_to(model: nn.Module, data: Data, seed: int) -> None:
+    """Give the network a new head and the statistics of its new data, which must have its channels and fit its size."""
     if spec_of(model).in_chans != data.in_chans:
         raise UsageError(
             f"the network takes {spec_of(model).in_chans} channels and {data.name} has {data.in_chans}. "

@@ -142,7 +142,7 @@ class Worker:
         """
         task = self.progress.task(self.study.config.name, len(self.study.cells))
         try:
-            with listening() as self._told_to_stop:
+            with listening(say=self.progress.say) as self._told_to_stop:
                 self._greet(task.advance)
                 while (step := self._next()) is not None:
                     index, lease = step
@@ -165,7 +165,7 @@ class Worker:
         if accelerator.is_main_process:
             try:
                 if (name := self._told_to_stop()) is not None:
-                    raise Preempted(f"told to stop by {name}, between two cells. Start it again to go on.")
+                    raise Preempted.by(name, f"told to stop by {name}, between two cells. Start it again to go on.")
                 word, index, lease = self._decide()
                 said = [word, index, sorted(self.done)]
             except BaseException:

@@ -3,6 +3,7 @@
 from sparse_robust.tickets.export import export_timm
 from sparse_robust.tickets.hub import Pulled, Pushed, pull, push
 from sparse_robust.tickets.importing import Imported, import_checkpoint, zero_masks
+from sparse_robust.tickets.place import ticket_file
 from sparse_robust.tickets.ticket import Ticket, TicketWarning
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "import_checkpoint",
     "pull",
     "push",
+    "ticket_file",
     "zero_masks",
 ]

@@ -25,6 +25,17 @@ class Preempted(SparseRobustError):
 
     exit_status = 85
 
+    @classmethod
+    def by(cls, name: str | None, message: str) -> Preempted:
+        """Return the error for the signal of this name: that of SIGINT has the exit status of an interruption."""
+        return Interrupted(message) if name == "SIGINT" else cls(message)
+
+
+class Interrupted(Preempted):
+    """The same, by Ctrl-C. The exit status is the one that shells give to a command which SIGINT ended."""
+
+    exit_status = 130
+
 
 @dataclass(frozen=True)
 class TrainResult:

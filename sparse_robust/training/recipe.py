@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from timm.optim import get_optimizer_info, list_optimizers
 
 from sparse_robust.attacks import Budget, parse_eps
 from sparse_robust.errors import UsageError, unknown
@@ -15,6 +18,7 @@ from sparse_robust.training.hooks import replays_of
 
 ATTACK_MODES = ("eval", "train", "train_frozen")
 SCHEDULES = ("constant", "multistep", "cosine", "one_cycle", "piecewise_linear")
+WARMED_UP = ("constant", "multistep", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +37,11 @@ class Recipe:
 
     optimizer: str = "momentum"
     """Any optimizer of timm by its name there: momentum is SGD as the papers use it, sgd its Nesterov form, adamw,
-    ..."""
+    ..., also behind ``lookahead_``."""
     lr: float = 0.1
     """Peak learning rate. Unused by piecewise_linear, whose points are absolute."""
     momentum: float = 0.9
-    """Momentum of the SGD family; other optimizers keep their own defaults."""
+    """Momentum of the SGD family, in [0, 1); other optimizers keep their own defaults."""
     weight_decay: float = 5e-4
     """Weight decay, on every parameter unless decay_norms is false."""
     decay_norms: bool = True
@@ -48,13 +52,13 @@ class Recipe:
     schedule: str = "one_cycle"
     """constant, multistep, cosine, one_cycle or piecewise_linear; evaluated at every update."""
     milestones: tuple[float, ...] = ()
-    """Epochs at which multistep multiplies the rate by gamma."""
+    """Epochs at which multistep multiplies the rate by gamma, in their order."""
     gamma: float = 0.1
     """Factor of multistep."""
     points: tuple[tuple[float, float], ...] = ()
     """(epoch, learning rate) pairs of piecewise_linear."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from zero, for constant, multistep and cosine."""
+    """Epochs of linear warm-up from zero, for constant, multistep and cosine; not more than there are."""
 
     eps: str | float = "8/255"
     """Radius of the training and validation attacks."""
@@ -112,7 +116,8 @@ class Recipe:
     """For single-step regimes (fast, n-fgsm, free): stop at catastrophic overfitting and go back to the epoch before
     it."""
     guard_drop: float = 0.20
-    """Fall of the PGD-5 accuracy on a fixed training batch, from one epoch to the next, that trips the guard."""
+    """Fall of the PGD-5 accuracy on a fixed training batch, from one epoch to the next, that trips the guard; in
+    [0, 1)."""
 
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the timm optimizer."""
@@ -122,26 +127,55 @@ class Recipe:
         for name, values in {**known, "attack_replica": CHOICES, "dist_bn": DIST_BN}.items():
             if getattr(self, name) not in values:
                 raise unknown(name, str(getattr(self, name)), values)
-        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("steps", 1), ("validate_every", 0)):
+        self._check_optimizer()
+        least_of = {"epochs": 1, "batch_size": 1, "accumulate": 1, "steps": 1}
+        for name, least in {**least_of, "validate_every": 0, "validate_from": 0, "validation_steps": 0}.items():
             if getattr(self, name) < least:
                 raise UsageError(f"recipe.{name} must be at least {least}, got {getattr(self, name)}.")
-        for name, limit in (("lr", float("inf")), ("weight_decay", float("inf")), ("label_smoothing", 1.0)):
+        below = {"lr": math.inf, "weight_decay": math.inf, "gamma": math.inf, "warmup_epochs": math.inf}
+        for name, limit in {**below, "label_smoothing": 1.0, "momentum": 1.0, "guard_drop": 1.0}.items():
             if not 0 <= getattr(self, name) < limit:
                 raise UsageError(f"recipe.{name} must be in [0, {limit}), got {getattr(self, name)}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UsageError(f"recipe.ema_decay must lie between 0 and 1, got {self.ema_decay}.")
-        if self.schedule == "piecewise_linear" and len(self.points) < 2:
-            raise UsageError(
-                "schedule piecewise_linear needs recipe.points: at least two (epoch, learning rate) pairs."
-            )
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        object.__setattr__(self, "points", _sorted_points(self.points))
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise UsageError(f"recipe.clip_grad must be above 0, got {self.clip_grad}. null leaves gradients alone.")
+        object.__setattr__(self, "milestones", _in_order("milestones", self.milestones))
+        object.__setattr__(self, "points", _checked_points(self.points))
+        self._check_schedule()
+        if self.validation_step_size is not None:
+            parse_eps(self.validation_step_size)
         Budget(self.norm, self.radius)
         mode = attack_mode_of(self.objective())
         if self.dist_bn == "sync" and mode not in (None, "eval"):
             raise UsageError(
                 f"recipe.dist_bn sync with attack_mode {mode}: every pass of the attack would wait for all ranks. Use "
                 "attack_mode eval."
+            )
+
+    def _check_optimizer(self) -> None:
+        name, known = self.optimizer.lower().removeprefix("lookahead_"), [*map(str, list_optimizers())]
+        if name not in known:
+            raise unknown("optimizer", self.optimizer, known)
+        if get_optimizer_info(name).second_order:
+            raise UsageError(
+                f"recipe.optimizer {self.optimizer!r} needs second derivatives, which training does not take: use "
+                "another."
+            )
+
+    def _check_schedule(self) -> None:
+        if self.schedule == "piecewise_linear" and len(self.points) < 2:
+            raise UsageError(
+                "schedule piecewise_linear needs recipe.points: at least two (epoch, learning rate) pairs."
+            )
+        if self.schedule == "multistep" and not self.milestones:
+            raise UsageError(
+                "schedule multistep needs recipe.milestones: the epochs at which the rate falls. constant has none."
+            )
+        if self.schedule in WARMED_UP and self.warmup_epochs > self.epochs:
+            raise UsageError(
+                f"recipe.warmup_epochs must not exceed recipe.epochs, {self.epochs}, got {self.warmup_epochs}: the "
+                "rate would never reach recipe.lr."
             )
 
     @property
@@ -188,8 +222,15 @@ class Recipe:
         )
 
 
-def _sorted_points(points: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+def _in_order(name: str, epochs: Sequence[float]) -> tuple[float, ...]:
+    if list(epochs) != sorted(epochs) or not all(0 <= epoch < math.inf for epoch in epochs):
+        raise UsageError(f"recipe.{name} must be in the order of their epochs, from 0 on, got {list(epochs)}.")
+    return tuple(epochs)
+
+
+def _checked_points(points: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
     pairs = tuple((float(epoch), float(lr)) for epoch, lr in points)
-    if list(pairs) != sorted(pairs):
-        raise UsageError(f"recipe.points must be in the order of their epochs, got {pairs}.")
+    _in_order("points", [epoch for epoch, _ in pairs])
+    if not all(0 <= lr < math.inf for _, lr in pairs):
+        raise UsageError(f"recipe.points must have learning rates in [0, inf), got {pairs}.")
     return pairs

@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+HEARD = "Ctrl-C: a training stops at its next step and saves, all else is finished first. Once more ends it at once."
 
 _unheeded: list[str] = []
 
 
 @contextmanager
-def listening(wanted: bool = True) -> Iterator[Callable[[], str | None]]:
-    """Catch SIGTERM and SIGUSR1 for the length of a block; what it gives says which one came, or None.
+def listening(wanted: bool = True, say: Callable[[str], None] | None = None) -> Iterator[Callable[[], str | None]]:
+    """Catch SIGINT, SIGTERM and SIGUSR1 for the length of a block; what it gives says which one came, or None.
+
+    A second SIGINT, as of an impatient Ctrl-C, is a KeyboardInterrupt; ``say`` tells the user so at the first. Where
+    SIGINT was ignored, as in a job that a shell started in the background, it still is.
 
     The handlers that were there come back afterwards. A signal that came too late in a block to be acted on is known
     to the next one from its beginning, unless the block ends with an exception. Python delivers signals to the main
@@ -24,7 +27,13 @@ def listening(wanted: bool = True) -> Iterator[Callable[[], str | None]]:
     """
 
     def note(number: int, frame: FrameType | None) -> None:
-        _unheeded.append(signal.Signals(number).name)
+        name = signal.Signals(number).name
+        if name == "SIGINT":
+            if name in _unheeded:
+                raise KeyboardInterrupt
+            if say is not None:  # in a thread of its own: this one may be in the middle of writing
+                threading.Thread(target=say, args=(HEARD,), daemon=True).start()
+        _unheeded.append(name)
 
     def name() -> str | None:
         return _unheeded[0] if _unheeded else None
@@ -32,7 +41,9 @@ def listening(wanted: bool = True) -> Iterator[Callable[[], str | None]]:
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    caught = [number for number in STOPPING if not (ignored and number == signal.SIGINT)]
+    before = {number: signal.signal(number, note) for number in caught}
     try:
         yield name
     except BaseException:

@@ -11,7 +11,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from sparse_robust.errors import UsageError
 from sparse_robust.masks import Masks, unwrap
 from sparse_robust.pruning import Enforcement, enforce
 from sparse_robust.training.crafting import AttackTarget
@@ -62,10 +64,7 @@ class Trainee:
             masks.apply_(model)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         trained = copy.deepcopy(model) if shards(accelerator) else model
-        self.inner_optimizer = create_optimizer_v2(
-            trained, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum, filter_bias_and_bn=not recipe.decay_norms, **recipe.extra,
-        )  # fmt: skip
+        self.inner_optimizer = _optimizer(trained, recipe)
         self.model, self.optimizer = prepare(accelerator, trained, self.inner_optimizer, recipe)
         self.trained = unwrap(self.model)
         self.mirror = Mirror(self.trained, model) if shards(accelerator) else None
@@ -135,3 +134,21 @@ class Trainee:
         if compiler(self.accelerator) is not None:
             torch.compiler.reset()  # what was compiled for this network is of no use to the next
         self.accelerator.free_memory()
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
+    """Make the optimizer that a recipe asks for.
+
+    Raises:
+        UsageError: if it does not take these arguments, or needs a package or a device that is not there.
+    """
+    try:
+        return create_optimizer_v2(
+            model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum, filter_bias_and_bn=not recipe.decay_norms, **recipe.extra,
+        )  # fmt: skip
+    except Exception as error:  # each optimizer has errors of its own
+        raise UsageError(
+            f"recipe.optimizer {recipe.optimizer!r} cannot be made: {str(error).rstrip('.')}. It gets recipe.lr, "
+            f"momentum and weight_decay, and recipe.extra, here {recipe.extra}: change these, or use another."
+        ) from error

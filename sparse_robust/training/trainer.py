@@ -97,7 +97,8 @@ class Trainer:
         Raises:
             TrainingError: if the loss becomes NaN or infinite; the message names epoch, step and ranks. Or if the ranks
                 do not hold the same masks; it names those that differ.
-            Preempted: after SIGTERM or SIGUSR1, once a checkpoint is written at the next step boundary.
+            Preempted: after SIGTERM, SIGUSR1 or the first Ctrl-C, once a checkpoint is written at the next step
+                boundary.
         """
         state = self.state
         self._started = self._last_save = time.monotonic()
@@ -106,7 +107,7 @@ class Trainer:
             with (
                 seeded("training", self.seed),
                 deterministic(self.recipe.deterministic),
-                listening(self.checkpoints is not None) as self._told,
+                listening(self.checkpoints is not None, self.options.progress.say) as self._told,
             ):
                 for hook in self.stepper.hooks:
                     hook.start(self.trainee)
@@ -224,9 +225,11 @@ class Trainer:
             return  # gradients of an open group are not part of a checkpoint
         self._save(self.checkpoints)
         if self._stop:
-            raise Preempted(
-                f"{self.options.name}: {self._told() or 'another rank'} asked this run to stop in epoch "
-                f"{state.epoch + 1}, after step {state.step}. It is saved: run the same command again to go on."
+            by = self._told()
+            raise Preempted.by(
+                by,
+                f"{self.options.name}: {by or 'another rank'} asked this run to stop in epoch "
+                f"{state.epoch + 1}, after step {state.step}. It is saved: run the same command again to go on.",
             )
 
     def _check_finite(self, totals: Sequence[Sequence[float]]) -> None:

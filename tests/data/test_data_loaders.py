@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -140,6 +143,17 @@ def test_limit_spreads_over_the_file(small_data: Callable[..., Data]) -> None:
     assert len(joined(eval_loader(split, 2, limit=70)).ids) == 7
     ranks = [joined(eval_loader(split, 2, limit=5, rank=r, world=2)).ids for r in range(2)]
     assert sorted(torch.cat(ranks).tolist()) == joined(eval_loader(split, 9, limit=5)).ids.tolist()
+
+
+@pytest.mark.parametrize("data", ["disk"], indirect=True)
+def test_ctrl_c_is_not_for_the_workers(data: Data) -> None:
+    """A terminal sends it to them, too; the main process needs their batches until it can save."""
+    batches = train_loader(data, 3, seed=1, workers=1).epoch(0)
+    first = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGINT)
+    assert equal(joined([*first, *batches]), joined(train_loader(data, 3, seed=1).epoch(0)))
 
 
 @pytest.mark.parametrize("workers", [2])

@@ -190,8 +190,8 @@ def test_nonsense_is_refused_with_the_field_that_is_wrong(finder: dict[str, Any]
         study(x={"method": "oneshot", **finder}, other={"method": "oneshot"})
 
 
-def test_the_command_line_refuses_it_too(capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["find", "--dry-run", "weights=w.safetensors", "data.name=digits"]
+def test_the_command_line_refuses_it_too(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["find", "--dry-run", f"weights={weights}", "data.name=digits"]
     assert main([*common, "--score", "snap"]) == 2
     assert "unknown score 'snap'. Did you mean 'snip'" in capsys.readouterr().err
     assert main([*common, "--pattern", "2:4", "--scope", "erk", "like=folder"]) == 2

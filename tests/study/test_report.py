@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from sparse_robust.errors import FileError
+from sparse_robust.study.criterion import Criterion
 from sparse_robust.study.report import write_report
 from sparse_robust.study.report.tables import assemble
 from sparse_robust.study.results import load_results
-from sparse_robust.study.verdict import Criterion, sparsity_label
+from sparse_robust.study.verdict import sparsity_label
 from tests.study.synthetic import Synthetic, expected
 
 PICTURES = [

@@ -16,13 +16,11 @@ from hypothesis import strategies as st
 from sparse_robust.errors import FileError, UsageError
 from sparse_robust.masks import Masks
 from sparse_robust.study.compare import binomial_error, signed, standard_error
+from sparse_robust.study.criterion import BASELINES, PREDICATES, Criterion
 from sparse_robust.study.overlap import overlap, overlaps, thin_layers
 from sparse_robust.study.results import StudyResults, load_results
 from sparse_robust.study.rows import LayerCount, TicketRow
 from sparse_robust.study.verdict import (
-    BASELINES,
-    PREDICATES,
-    Criterion,
     DoubleWin,
     double_win_table,
     extremes,

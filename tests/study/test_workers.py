@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,12 +172,32 @@ def test_what_stops_a_worker_frees_its_cell_at_once(tmp_path: Path, error: BaseE
     assert len(worker(Quick(tmp_path)).work().ran) == len(study.cells)
 
 
-def test_a_signal_between_two_cells_ends_the_worker(tmp_path: Path) -> None:
-    study = Quick(tmp_path, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Preempted, match="SIGTERM"):
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Also where these tests run in the background, for which a shell lets SIGINT be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_between_two_cells_ends_the_worker(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    before = signal.getsignal(number)
+    study = Quick(tmp_path, lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(Preempted, match=number.name) as told:
         worker(study).work()
+    assert told.value.exit_status == status
     assert len(study.ran()) == 1, "the cell that could not be saved in the middle was finished first"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+def test_a_second_ctrl_c_ends_the_worker_in_the_middle_of_a_cell(tmp_path: Path) -> None:
+    study = Quick(tmp_path, lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        worker(study).work()
+    assert not study.ran() and len(worker(Quick(tmp_path)).work().ran) == len(study.cells)
 
 
 def test_who_lost_its_lease_writes_nothing_and_goes_on(tmp_path: Path) -> None:
@@ -314,6 +334,25 @@ def test_two_processes_leave_what_one_leaves(finished: Path, tmp_path: Path) -> 
     assert run.stderr.count("report: ") == 1 and "found" in run.stderr
     assert differences(tmp_path / "out", finished) == []
     assert not list((tmp_path / "out").rglob("*.lease"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+def test_ctrl_c_ends_several_processes_which_go_on_later(finished: Path, tmp_path: Path) -> None:
+    """As a terminal does it: SIGINT to the command and its workers alike. Each saves what it trains."""
+    changes = {"checkpoint_seconds": 1000}
+    words = command(write_config(tmp_path, TINY, **changes), tmp_path / "out", "--no-report", "--processes", "2")
+    run = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while len(list(tmp_path.glob("out/cells/transfer-*/*.lease"))) < 2 and run.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(run.pid, signal.SIGINT)
+    said = run.communicate()[1]
+    assert run.returncode == 130, said
+    assert said.count("error: ") == 2 and "Traceback" not in said and said.count("SIGINT") == 2
+    assert not list(tmp_path.rglob("failure.json"))
+    assert subprocess.run(words).returncode == 0
+    assert cell_differences(tmp_path / "out", finished) == []
 
 
 @pytest.mark.slow

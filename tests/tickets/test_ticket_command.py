@@ -205,7 +205,9 @@ def test_verify_as_typed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     command = ["ticket", "verify", ".", "--weights", "theta.safetensors", "--model", "trained.safetensors"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "ticket.safetensors: sound" in said and "zero wherever this ticket prunes" in said
+    assert "ticket.safetensors: sound" in said and "trained.safetensors: zero wherever it prunes" in said
+    assert main(["ticket", "verify", ".", "--model", "theta.safetensors"]) == 0
+    assert "theta.safetensors: the weights this ticket was drawn from, not pruned yet" in capsys.readouterr().out
     assert main(["ticket", "verify", ".", "--model", "dense.safetensors"]) == 2
 
 
@@ -248,7 +250,7 @@ def test_import_as_typed(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["show", "ticket.safetensors", "--picture", "x.txt"], 2, "a picture's ending is one of"),
         (["verify", "record.json"], 1, "record.json is not a whole safetensors file"),
         (["verify", "ticket.safetensors", "--weights", "absent"], 1, "absent does not exist"),
-        (["verify", "ticket.safetensors", "--weights", "ticket.safetensors"], 1, "was not written by save_model"),
+        (["verify", "ticket.safetensors", "--weights", "ticket.safetensors"], 1, "is a ticket or a file of masks"),
         (["verify", "ticket.safetensors", "--weights", "trained.safetensors"], 2, "drawn from weights with sha256"),
         (["annotate", "ticket.safetensors", "absent.json"], 1, "absent.json does not exist"),
         (["annotate", "ticket.safetensors", "theta.safetensors"], 1, "not readable JSON"),

@@ -11,7 +11,6 @@ from torch import nn
 
 from sparse_robust.attacks import PGD
 from sparse_robust.data import Data
-from sparse_robust.errors import UsageError
 from sparse_robust.files import sha256_state
 from sparse_robust.masks import Masks
 from sparse_robust.pruning import prune
@@ -174,23 +173,6 @@ def test_log_and_history_agree(tiny: Callable[..., nn.Module], digits: Data, tmp
 def test_a_loss_that_is_no_number_is_an_error(tiny: Callable[..., nn.Module], digits: Data) -> None:
     with pytest.raises(TrainingError, match="not finite in epoch 1"):
         fit(tiny(), digits, lr=1e30, schedule="constant")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"regime": "fats"}, "Did you mean 'fast'"),
-        ({"schedule": "cos"}, "unknown schedule"),
-        ({"epochs": 0}, "recipe.epochs must be at least 1"),
-        ({"lr": -1.0}, "recipe.lr"),
-        ({"schedule": "piecewise_linear"}, "recipe.points"),
-        ({"ema_decay": 1.0}, "between 0 and 1"),
-        ({"eps": "8 of 255"}, "8 of 255"),
-    ],
-)
-def test_recipes_refuse_nonsense(wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Recipe(**wrong)
 
 
 def test_training_attack_varies_with_the_epoch_and_repeats_with_the_seed() -> None:

@@ -13,13 +13,13 @@ from jinja2 import Environment, StrictUndefined
 
 from sparse_robust.files import atomic_write, commit_folder, recover_folder, write_json, write_text
 from sparse_robust.study.compare import signed
+from sparse_robust.study.criterion import Criterion
 from sparse_robust.study.report.curves import machine_line
 from sparse_robust.study.report.figures import draw_all
 from sparse_robust.study.report.style import Picture
 from sparse_robust.study.report.tables import assemble
 from sparse_robust.study.report.words import duration, finder_name, plural, regime_name, target_name
 from sparse_robust.study.results import load_results
-from sparse_robust.study.verdict import Criterion
 
 PAGE, TWIN = "index.html", "report.json"
 

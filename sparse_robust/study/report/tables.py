@@ -7,13 +7,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sparse_robust.study.compare import CLEAR, binomial_error
+from sparse_robust.study.criterion import BASELINES, PREDICATES, Criterion
 from sparse_robust.study.overlap import Overlap, overlaps, thin_layers
 from sparse_robust.study.report.findings import HIGH, find_all
 from sparse_robust.study.report.ranking import rank_finders
 from sparse_robust.study.report.words import THETAS, duration, listed, plural, regime_name, target_name
 from sparse_robust.study.results import StudyResults
 from sparse_robust.study.rows import DENSE, FindRow, PretrainRow, TransferRow
-from sparse_robust.study.verdict import BASELINES, PREDICATES, Criterion, DoubleWin, double_win_table, seeds_label
+from sparse_robust.study.verdict import DoubleWin, double_win_table, seeds_label
 
 SCHEMA = 1
 
