@@ -49,7 +49,7 @@ def half_masks(model: nn.Module) -> Masks:
 
 def test_fields_have_the_documented_order_and_values() -> None:
     found = record(version="standard")
-    documented = re.findall(r"^    (\w+)  +\S", RobustnessRecord.__doc__ or "", re.MULTILINE)
+    documented = re.findall(r"^ *(\w+)  +\S", RobustnessRecord.__doc__ or "", re.MULTILINE)
     assert list(found) == documented == list(RobustnessRecord.__annotations__)
     assert found["threat_model"] == "Linf" and found["eps"] == "8/255"
     assert found["clean_acc"] == "90.00" and found["robust_acc"] == found["autoattack_acc"] == "70.00"
