@@ -17,7 +17,6 @@ from sparse_robust import cli_study, cli_ticket
 from sparse_robust._env import launched_processes, set_cublas_workspace
 from sparse_robust._version import __version__
 from sparse_robust.errors import SparseRobustError, UsageError
-from sparse_robust.study.criterion import PREDICATES, Criterion
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         action.add_argument("--config", help="a preset or a YAML file, to find the folder by its name")
         action.add_argument("--out", type=Path, help="the study's folder (default: runs/NAME)")
         if name == "report":
-            _criterion(action)
+            cli_study.add_criterion(action)
 
     for name, text in (
         ("pretrain", "train theta_p on the source task, or take a checkpoint"),
@@ -188,7 +187,7 @@ def _joining(parser: argparse.ArgumentParser) -> None:
         "--idle-minutes", type=float, help="leave when there was nothing to do for so long (default: stay to the end)"
     )
     parser.add_argument("--run-name", help=argparse.SUPPRESS)  # the same for workers that are started together
-    _criterion(parser)
+    cli_study.add_criterion(parser)
 
 
 SCORING = {
@@ -236,18 +235,6 @@ def _measuring_overrides(options: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def _criterion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--predicate", default="strict", help=f"what a win requires: {', '.join(PREDICATES)}")
-    parser.add_argument(
-        "--tolerance", type=float, default=1.0, help="in standard deviations of the dense runs (default: 1)"
-    )
-    parser.add_argument("--baseline", default="same", help="dense model to match: same (pre-training) or best_dense")
-
-
-def _criterion_of(options: argparse.Namespace) -> Criterion:
-    return Criterion(predicate=options.predicate, c=options.tolerance, baseline=options.baseline)
-
-
 def study_run(options: argparse.Namespace) -> int:
     """Run a study and write its report."""
     from sparse_robust.study.console import dry_run
@@ -255,7 +242,7 @@ def study_run(options: argparse.Namespace) -> int:
 
     config = _study_config(options)
     study = Study(config, options.out or Path("runs") / config.name, trust_pickle=options.trust_pickle)
-    criterion = _criterion_of(options)
+    criterion = cli_study.criterion_of(options)
     if options.dry_run:
         dry_run(study)
         return 0
@@ -284,7 +271,7 @@ def study_submit(options: argparse.Namespace) -> int:
 
     config = _study_config(options)
     study = Study(config, options.out or Path("runs") / config.name)
-    _criterion_of(options)  # a name that every worker would refuse
+    cli_study.criterion_of(options)  # a name that every worker would refuse
     resources = cli_study.resources(options)
     if options.dry_run:
         dry_run(study)
@@ -304,7 +291,7 @@ def study_report(options: argparse.Namespace) -> int:
     """Write the report of a study, finished or not."""
     from sparse_robust.study.report import write_report
 
-    sys.stdout.write(f"{write_report(_study_folder(options), _criterion_of(options))}\n")
+    sys.stdout.write(f"{write_report(_study_folder(options), cli_study.criterion_of(options))}\n")
     return 0
 
 

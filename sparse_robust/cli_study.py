@@ -10,10 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_robust.errors import UsageError, unknown
+from sparse_robust.study.criterion import PREDICATES, Criterion
 
 if TYPE_CHECKING:
     from sparse_robust.study.cluster import Resources
     from sparse_robust.study.runner import Study
+
+
+def add_criterion(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a win is."""
+    parser.add_argument("--predicate", default="strict", help=f"what a win requires: {', '.join(PREDICATES)}")
+    parser.add_argument(
+        "--tolerance", type=float, default=1.0, help="in standard deviations of the dense runs (default: 1)"
+    )
+    parser.add_argument("--baseline", default="same", help="dense model to match: same (pre-training) or best_dense")
+
+
+def criterion_of(options: argparse.Namespace) -> Criterion:
+    """Return what counts as a win.
+
+    Raises:
+        UsageError: for an unknown predicate or baseline, or a tolerance out of its range.
+    """
+    return Criterion(predicate=options.predicate, c=options.tolerance, baseline=options.baseline)
 
 
 def add_resources(parser: argparse.ArgumentParser) -> None:

@@ -5,35 +5,23 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from sparse_robust import __version__
 from sparse_robust.cli import main
+from tests.command import Run, command_line
 
 NETWORK = ["model.name=resnet10t", "model.kwargs={channels: [4, 6, 8, 10], stem_width: 4}"]
 DATA = ["data.name=digits", "data.resize=28", "data.fraction=0.1"]
 QUICK = ["recipe.epochs=1", "evaluation.steps=1", "evaluation.images=20", "evaluation.eps=0.1"]
 
 
-class Answer(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Answer:
-        status = main(arguments)
-        captured = capsys.readouterr()
-        return Answer(status, captured.out, captured.err)
-
-    return call
+    return command_line(capsys)
 
 
 def test_pretrain_find_transfer_evaluate_show_verify(run, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 import builtins
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +14,7 @@ from sparse_robust.files import sha256_file
 from sparse_robust.study.config import EvaluationConfig
 from sparse_robust.study.context import Context, Guarded
 from sparse_robust.study.runs import PretrainRun
+from tests.command import Run, command_line
 
 NETWORK = ["model.name=resnet10t", "model.kwargs={channels: [4, 6, 8, 10], stem_width: 4}"]
 DATA = ["data.name=digits", "data.resize=28", "data.fraction=0.1"]
@@ -22,25 +22,10 @@ QUICK = ["recipe.epochs=1", "recipe.regime=fast", "evaluation.steps=1", "evaluat
 WEIGHTS = "weights=theta/weights.safetensors"
 
 
-class Answer(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Answer]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Answer:
-        status = main(arguments)
-        captured = capsys.readouterr()
-        return Answer(status, captured.out, captured.err)
-
-    return call
+    return command_line(capsys)
 
 
 @pytest.fixture(scope="module")

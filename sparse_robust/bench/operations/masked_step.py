@@ -100,7 +100,7 @@ def case(given: Problem) -> Case:
             if exact and "fused" not in route:
                 require_same(what, found, {name: expected[name] for name in found})
             else:
-                require_close(what, found, {name: expected[name] for name in found}, TOLERANCE, least=OPTIONS["lr"])
+                require_close(what, found, {name: expected[name] for name in found}, TOLERANCE)
         how = "bit for bit" if exact else f"within {TOLERANCE:.0e} of the largest"
         return f"same weights as torch.nn.utils.prune after three steps, {how}"
 
