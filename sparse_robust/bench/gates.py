@@ -25,21 +25,17 @@ def require_same(what: str, got: Mapping[str, torch.Tensor], expected: Mapping[s
 
 
 def require_close(
-    what: str,
-    got: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-    tolerance: float,
-    least: float = 0.0,
+    what: str, got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
 ) -> None:
-    """Raise `GateError` where a tensor differs by more than a share of its largest expected value, or of ``least``
-    where that is larger: as for biases that a few steps away from 0 are gradients, in which a ReLU that flips shows."""
+    """Raise `GateError` where a tensor differs by more than a share of its largest expected value."""
     for name, tensor in got.items():
         other = expected[name].to(tensor.device).double()
         error = float((tensor.double() - other).abs().max()) if tensor.numel() else 0.0
         largest = float(other.abs().max()) if tensor.numel() else 0.0
-        if not error <= tolerance * max(largest, least):
-            of = f"its largest, {largest:.2g}" if largest >= least else f"{least:.0e}"
-            raise GateError(f"{what}: {name} is off by {error:.2g}, more than {tolerance:.0e} of {of}")
+        if not error <= tolerance * largest:
+            raise GateError(
+                f"{what}: {name} is off by {error:.2g}, more than {tolerance:.0e} of its largest, {largest:.2g}"
+            )
 
 
 def require_finite(what: str, value: torch.Tensor) -> None:

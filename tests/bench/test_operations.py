@@ -15,8 +15,8 @@ import torch
 
 from sparse_robust.bench import Case, GateError, harness
 from sparse_robust.bench.gates import require_close
-from sparse_robust.bench.operations import kernels, mask_storage, masked_step, robust_step
-from sparse_robust.bench.operations.problem import perceptron
+from sparse_robust.bench.operations import kernels, mask_storage, masked_step, memory_format, robust_step
+from sparse_robust.bench.operations.problem import perceptron, problem
 from sparse_robust.masks import Masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,16 @@ def test_a_kernel_that_gives_other_bits_is_refused() -> None:
         kernels.case("step", "5", wrong, compiles=False).gate()
     close = kernels.case("step", "5", replace(wrong, exact=False), compiles=False)
     assert close.gate() == "the reference within 1e-06" and list(close.routes) == ["auto"] and close.work == 20
+
+
+def test_a_layout_with_another_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: torch.nn.Module, layout: torch.memory_format) -> None:
+        if layout == torch.channels_last:
+            model.fc.weight.data.mul_(1.1)  # the statistics stay
+
+    monkeypatch.setattr(memory_format, "lay_out", wrong)
+    with pytest.raises(GateError, match="the gradients differ by .* of their norm, more than 1e-02"):
+        memory_format.case(problem(CPU, "quick")).gate()
 
 
 def test_a_rival_that_cannot_be_compiled_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
